@@ -1,0 +1,62 @@
+# Two commands do everything: `make demo` sets up and runs the main job on the embedded default,
+# `make test` sets up and runs every check. Both can be repeated; both print what they do.
+
+PYTHON ?= python3
+# Any torch that pyproject.toml admits will do, e.g. TORCH='torch==2.13.0 --index-url ...'.
+TORCH ?= torch==2.13.0
+DEMO_OUT ?= qexport-demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-fast format lint types setup embedded clean help
+
+help:
+	@echo "make demo       set up, then merge, quantize and verify the embedded model into $(DEMO_OUT)/"
+	@echo "make test       set up, then format check, lint, types and all tests"
+	@echo "make test-fast  the same without the slow tests"
+	@echo "make format     rewrite the code in the project's format"
+	@echo "make embedded   train the embedded model and its adapter again (about half an hour)"
+	@echo "make clean      remove $(VENV) and $(DEMO_OUT)/"
+
+setup: $(STAMP)
+
+# torch goes first and pinned: left to the resolver it may come with gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("qexport needs Python 3.10 to 3.13; %s is %d.%d. Choose another: make PYTHON=python3.12 ..." % (sys.executable, *v))'
+	@echo "== $(VENV): creating with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bnb]'
+	@touch $(STAMP)
+
+demo: setup
+	@echo "== qexport demo: merge, shard, quantize and verify the embedded model"
+	$(BIN)/qexport demo -o $(DEMO_OUT)
+
+test: lint types
+	@echo "== tests"
+	$(BIN)/python -m pytest -n 2
+
+test-fast: lint types
+	$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+lint: setup
+	@echo "== format and lint"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	@echo "== types"
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+embedded: setup
+	$(BIN)/python -m calibration.make
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT)

@@ -1,0 +1,80 @@
+"""Documents from the file forms in which people keep calibration and evaluation text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qexport.errors import CalibrationError, StorageError
+
+_SEPARATOR = "<|endoftext|>"  # between documents in plain text, as TinyStories and others have it
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a text, JSON (`[{"text": ...}]`) or JSON-lines file, empty ones left out.
+
+    Raises CalibrationError for a file without text, StorageError for one that cannot be read.
+    """
+    content = read_text(path)
+    if path.suffix in (".json", ".jsonl"):
+        documents = [_text_of(record, path, number) for number, record in _records(content, path)]
+    else:
+        documents = content.split(_SEPARATOR)
+    documents = [document.strip() for document in documents if document.strip()]
+    if not documents:
+        raise CalibrationError(f"{path} holds no text")
+    return documents
+
+
+def read_text(path: Path) -> str:
+    """The file's text as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CalibrationError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _records(content: str, path: Path) -> list[tuple[int, Any]]:
+    try:
+        if content.lstrip().startswith("["):
+            return list(enumerate(json.loads(content), start=1))
+        lines = enumerate(content.splitlines(), start=1)
+        return [(number, json.loads(line)) for number, line in lines if line.strip()]
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(
+            f"{path} is neither JSON nor JSON lines: {error}",
+            expected='records such as {"text": "..."}',
+        ) from error
+
+
+def _text_of(record: Any, path: Path, number: int) -> str:
+    if isinstance(record, str):
+        return record
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return str(record["text"])
+    found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+    raise CalibrationError(
+        f"record {number} of {path} has no text (it has {found})", expected='{"text": "..."}'
+    )
+
+
+def read_pairs(path: Path) -> list[tuple[str, str]]:
+    """Prompt and reference of every record of a JSON or JSON-lines file; CalibrationError otherwise."""
+    pairs = []
+    for number, record in _records(read_text(path), path):
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        reference = record.get("reference") if isinstance(record, dict) else None
+        if not isinstance(prompt, str) or not isinstance(reference, str):
+            raise CalibrationError(
+                f"record {number} of {path} is no pair",
+                expected='{"prompt": "...", "reference": "..."}',
+            )
+        pairs.append((prompt, reference))
+    if not pairs:
+        raise CalibrationError(f"{path} holds no pairs")
+    return pairs

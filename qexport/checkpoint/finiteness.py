@@ -1,0 +1,49 @@
+"""NaN and infinity are found and named before any long work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.checkpoint.safetensors_file import StoredTensor, iter_values
+from qexport.errors import NonFiniteError
+from qexport.events import Advanced, Finished, OnEvent, Started, ignore
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; whole-number dtypes always are."""
+    if not values.is_floating_point():
+        return True
+    if values.dtype.itemsize == 1:
+        values = values.float()  # isfinite is not there for 8-bit floats
+    return bool(values.isfinite().all())
+
+
+def require_finite(
+    checkpoint: Checkpoint, names: Iterable[str] | None = None, *, on_event: OnEvent = ignore
+) -> None:
+    """Reads the stored tensors once, a piece at a time; NonFiniteError names those that are not finite."""
+    chosen: list[StoredTensor] = [
+        checkpoint.stored[name] for name in (checkpoint.stored if names is None else names)
+    ]
+    on_event(Started("check weights", sum(tensor.size for tensor in chosen), "bytes"))
+    broken = []
+    for tensor in chosen:
+        if not all(is_finite(part) for part in iter_values(tensor)):
+            broken.append(tensor.name)
+        on_event(Advanced(tensor.size, tensor.name))
+    on_event(Finished())
+    if broken:
+        raise non_finite_error(str(checkpoint.path), broken)
+
+
+def non_finite_error(where: str, names: list[str]) -> NonFiniteError:
+    """The error that names the broken tensors, the first three of them."""
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return NonFiniteError(
+        f"{where} has NaN or infinity in {shown}",
+        expected="finite weights",
+        remedy="the training diverged or the file is damaged: export an earlier state",
+    )

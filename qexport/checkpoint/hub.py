@@ -1,0 +1,49 @@
+"""Models by Hub id: downloaded through huggingface_hub, or taken from its cache without a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qexport.checkpoint.checkpoint import local_path
+from qexport.errors import CheckpointNotFoundError
+
+# Weights in one form only, and what belongs to a tokenizer or a config; never a pickle.
+MODEL_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.tiktoken",
+    "*.py",
+    "LICENSE*",
+    "NOTICE*",
+]
+
+
+def resolve(source: str | Path) -> Path:
+    """The local directory of `source`: itself, or the snapshot of a Hub id.
+
+    A network error falls back to what the cache holds. Raises CheckpointNotFoundError.
+    """
+    path = local_path(source)
+    if path is not None:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    repository = str(source)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=MODEL_FILES))
+    except HFValidationError as error:
+        raise CheckpointNotFoundError(
+            f"{repository} is no directory and no valid Hub id",
+            expected="a model is a directory or an id such as Qwen/Qwen2.5-0.5B",
+        ) from error
+    except Exception as error:  # every network library below has its own exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointNotFoundError(
+            f"{repository} is no directory, is not in the Hub cache and cannot be fetched "
+            f"({type(error).__name__}: {reason.rstrip('.')})",
+            expected="a model is a directory with config.json and safetensors, or a Hub id",
+        ) from error

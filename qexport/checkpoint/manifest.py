@@ -1,0 +1,155 @@
+"""qexport.json: what an output was made of, how, and what its files must hash to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from qexport.checkpoint.checkpoint import CONFIG_FILE, read_json
+from qexport.checkpoint.sharding import INDEX_FILE
+from qexport.checkpoint.sidecars import sidecar_files
+from qexport.checkpoint.staging import storage_errors, write_file_atomically
+from qexport.errors import QexportError
+from qexport.version import __version__
+
+MANIFEST_FILE = "qexport.json"
+_REPORTED = ("torch", "transformers", "safetensors", "bitsandbytes", "numpy", "sacrebleu")
+_hashes: dict[tuple[str, int, int], str] = {}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What determines an output: the step, its options (seeds included), its inputs' hashes."""
+
+    task: str
+    options: Mapping[str, Any]
+    inputs: Mapping[str, str]
+
+    @property
+    def key(self) -> str:
+        """Hash of the recipe and of qexport's version: equal keys, equal outputs."""
+        content = {**asdict(self), "qexport": __version__}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and sha256 of one file of the output."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of qexport.json."""
+
+    recipe: Recipe
+    files: Mapping[str, FileRecord]
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The file's text."""
+        content = {
+            "qexport": __version__,
+            "key": self.recipe.key,
+            "recipe": asdict(self.recipe),
+            "versions": installed_versions(),
+            "figures": dict(self.figures),
+            "files": {name: asdict(record) for name, record in sorted(self.files.items())},
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages whose arithmetic an output depends on."""
+    versions = {"python": platform.python_version()}
+    for package in _REPORTED:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's content, remembered within this process by path, size and time."""
+    with storage_errors(path):
+        state = path.stat()
+        key = (str(path.resolve()), state.st_size, state.st_mtime_ns)
+        if key not in _hashes:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+            _hashes[key] = digest.hexdigest()
+    return _hashes[key]
+
+
+def content_files(directory: Path) -> list[Path]:
+    """The files of a model or adapter that matter to what is made of it, relative and sorted."""
+    weights = {file.relative_to(directory) for file in directory.glob("*.safetensors")}
+    configs = {
+        Path(name)
+        for name in (CONFIG_FILE, INDEX_FILE, "adapter_config.json")
+        if (directory / name).is_file()
+    }
+    return sorted(weights | configs | set(sidecar_files(directory)))
+
+
+def fingerprint(source: Path) -> str:
+    """sha256 over the content of a model directory, or of a single file."""
+    if source.is_file():
+        return file_hash(source)
+    digest = hashlib.sha256()
+    for file in content_files(source):
+        digest.update(f"{file.as_posix()}\0{file_hash(source / file)}\n".encode())
+    return digest.hexdigest()
+
+
+def record_files(directory: Path) -> dict[str, FileRecord]:
+    """Size and hash of every file below `directory`, the manifest itself left out."""
+    return {
+        file.relative_to(directory).as_posix(): FileRecord(file.stat().st_size, file_hash(file))
+        for file in sorted(directory.rglob("*"))
+        if file.is_file() and file.name not in (MANIFEST_FILE, ".lock")
+    }
+
+
+def stands(directory: Path, key: str) -> bool:
+    """Whether `directory` holds the whole, unchanged output of the recipe with this key."""
+    try:
+        manifest = read_json(directory / MANIFEST_FILE)
+        records = manifest["files"]
+        return manifest["key"] == key and all(
+            Path(name).name == Path(name).parts[-1]
+            and (directory / name).stat().st_size == record["size"]
+            and file_hash(directory / name) == record["sha256"]
+            for name, record in records.items()
+        )
+    except (QexportError, OSError, KeyError, TypeError, AttributeError, IndexError):
+        return False
+
+
+def read_figures(directory: Path) -> dict[str, Any]:
+    """The figures that an output carries; empty when it has no manifest."""
+    if not (directory / MANIFEST_FILE).is_file():
+        return {}
+    figures = read_json(directory / MANIFEST_FILE).get("figures", {})
+    return figures if isinstance(figures, dict) else {}
+
+
+def add_figures(directory: Path, figures: Mapping[str, Any]) -> None:
+    """Adds measured figures to an output's manifest; a directory without one is left alone."""
+    path = directory / MANIFEST_FILE
+    if not path.is_file():
+        return
+    content = read_json(path)
+    content["figures"] = {**content.get("figures", {}), **figures}
+    write_file_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,168 @@
+"""One safetensors file: its header, checked before anything is allocated, and its tensors, by `pread`.
+
+Format: 8 bytes little-endian header length n, n bytes of JSON, then the tensors' bytes without holes
+(https://huggingface.co/docs/safetensors, "Format"). Files are read with `pread` and not mapped:
+mapped pages count as this process's resident memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qexport.checkpoint.tensors import DTYPE_NAMES, DTYPES, TensorInfo
+from qexport.errors import CorruptFileError, StorageError
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+_REMEDY = "download or write the file again"
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor and where its bytes lie: `offset` counts from the start of `file`."""
+
+    file: Path
+    offset: int
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = dict(pairs)
+    if len(keys) != len(pairs):
+        raise ValueError("a name stands twice")
+    return keys
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """The tensors of a safetensors file, in file order, and its metadata.
+
+    Raises CorruptFileError when the header is no header, or contradicts itself or the file's size.
+    """
+
+    def corrupt(found: str) -> CorruptFileError:
+        return CorruptFileError(f"{path} is not a whole safetensors file: {found}", remedy=_REMEDY)
+
+    try:
+        with path.open("rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise corrupt(f"it has {file_size} bytes, fewer than its length field")
+            length = int.from_bytes(prefix, "little")
+            if length > min(file_size - 8, MAX_HEADER_BYTES):
+                raise corrupt(f"its header claims {length} bytes, the file has {file_size}")
+            raw = file.read(length)
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+        if not isinstance(header, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
+        raise corrupt(f"its header is not the JSON it should be ({error})") from error
+
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise corrupt("its metadata is not an object")
+    data_start = 8 + length
+    tensors: list[StoredTensor] = []
+    for name, entry in header.items():
+        tensors.append(_stored_tensor(name, entry, path, data_start, corrupt))
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.size))
+    end = data_start
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise corrupt(f"tensor {tensor.name!r} begins at {tensor.offset}, expected {end}")
+        end += tensor.size
+    if end != file_size:
+        raise corrupt(f"its tensors end at byte {end}, the file has {file_size}")
+    return {tensor.name: tensor for tensor in tensors}, metadata
+
+
+def _stored_tensor(name: str, entry: Any, path: Path, data_start: int, corrupt: Any) -> StoredTensor:
+    def natural(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise corrupt(f"the entry of {name!r} is not dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise corrupt(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(natural(side) for side in shape):
+        raise corrupt(f"tensor {name!r} has the impossible shape {shape!r}")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(natural, offsets))):
+        raise corrupt(f"tensor {name!r} has the impossible offsets {offsets!r}")
+    begin, end = offsets
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if end - begin != expected:
+        raise corrupt(f"tensor {name!r} has {end - begin} bytes, its shape needs {expected}")
+    return StoredTensor(name, DTYPES[dtype], tuple(shape), path, data_start + begin)
+
+
+def read_bytes(tensor: StoredTensor) -> bytearray:
+    """The tensor's bytes as they stand in the file."""
+    buffer = bytearray(tensor.size)
+    view = memoryview(buffer)
+    try:
+        descriptor = os.open(tensor.file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(descriptor, [view[done:]], tensor.offset + done)
+                if count == 0:
+                    raise CorruptFileError(
+                        f"{tensor.file} ends within tensor {tensor.name!r}", remedy=_REMEDY
+                    )
+                done += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageError(f"cannot read {tensor.file}: {error.strerror}") from error
+    return buffer
+
+
+def read_tensor(tensor: StoredTensor) -> torch.Tensor:
+    """The tensor itself: dtype and shape as stored, in memory of its own."""
+    if tensor.size == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return torch.frombuffer(read_bytes(tensor), dtype=tensor.dtype).reshape(tensor.shape)
+
+
+def iter_values(tensor: StoredTensor, chunk: int = 1 << 24) -> Iterator[torch.Tensor]:
+    """The tensor's values, flat, at most `chunk` bytes of them at a time."""
+    step = max(chunk // tensor.dtype.itemsize, 1)
+    for begin in range(0, tensor.numel, step):
+        count = min(step, tensor.numel - begin)
+        part = StoredTensor(
+            tensor.name,
+            tensor.dtype,
+            (count,),
+            tensor.file,
+            tensor.offset + begin * tensor.dtype.itemsize,
+        )
+        yield read_tensor(part)
+
+
+def header_bytes(tensors: Sequence[TensorInfo]) -> bytes:
+    """Length field and header of a file that holds `tensors` in this order.
+
+    Padded with spaces so that the data begins at a multiple of 8, as the reference writer does.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.size],
+        }
+        offset += tensor.size
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw

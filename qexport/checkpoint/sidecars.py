@@ -1,0 +1,33 @@
+"""The small files that belong to a model and must not get lost: tokenizer, template, code, licence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# What is not listed stays behind: other weights, optimizer states, the base's model card.
+PATTERNS = (
+    "tokenizer*",
+    "*.model",
+    "*.tiktoken",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "*.py",
+    "LICEN[SC]E*",
+    "NOTICE*",
+    "COPYING*",
+    "USE_POLICY*",
+)
+
+
+def sidecar_files(directory: Path) -> list[Path]:
+    """The sidecar files of a model, relative to its directory, sorted."""
+    found = {file for pattern in PATTERNS for file in directory.glob(pattern) if file.is_file()}
+    return sorted(file.relative_to(directory) for file in found)

@@ -1,0 +1,44 @@
+"""Tied embeddings: one matrix that serves as input embedding and as output head.
+
+Which of the two names a checkpoint stores differs (transformers drops the head, some writers drop the
+embedding). Here the embedding's name is the one that counts, for that is what every runtime looks up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
+EMBEDDING_NAMES = (
+    "model.embed_tokens.weight",
+    "transformer.wte.weight",
+    "gpt_neox.embed_in.weight",
+    "model.decoder.embed_tokens.weight",
+)
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The two names of one tied matrix."""
+
+    embedding: str
+    head: str
+
+
+def tie_of(config: Mapping[str, Any], stored: Collection[str]) -> Tie | None:
+    """The tied pair of a checkpoint whose tensors are named `stored`, or None when it has none.
+
+    A checkpoint that stores both matrices is left as it is, whatever its config says: the two may
+    differ, and transformers then does not tie them either.
+    """
+    tied = config.get("tie_word_embeddings")
+    if tied is None:
+        # configs leave out what is their class's default; only a missing matrix tells the tie
+        tied = not any(name in stored for name in HEAD_NAMES)
+    embedding = next((name for name in EMBEDDING_NAMES if name in stored), None)
+    head = next((name for name in HEAD_NAMES if name in stored), None)
+    if not tied or (embedding and head) or not (embedding or head):
+        return None
+    return Tie(embedding or EMBEDDING_NAMES[0], head or HEAD_NAMES[0])

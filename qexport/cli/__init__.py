@@ -1,0 +1,1 @@
+"""The command line: parse -> spec -> one library call -> print."""

@@ -1,0 +1,84 @@
+"""`qexport export`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from qexport.cli.output import Output, output_options
+from qexport.sizes import format_size
+
+if TYPE_CHECKING:
+    from qexport.graph.recipe import ExportRecipe
+
+
+@click.command(short_help="Run a recipe: merge, shard, quantize, verify, report.")
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="print what would run, and how large it gets")
+@click.option("--trust-remote-code", is_flag=True, help="run the code that the model brings")
+@output_options
+def export(recipe: Path, dry_run: bool, trust_remote_code: bool, as_json: bool, quiet: bool) -> None:
+    """Run RECIPE, a YAML file. Steps whose results stand are skipped.
+
+    Exits with 1 when a variant is not whole, or loses more than the recipe's verify.max_loss.
+    """
+    out = Output(as_json, quiet)
+    from qexport.graph.recipe import read_recipe
+
+    parsed = read_recipe(recipe)
+    if dry_run:
+        show_plan(parsed, out, trust_remote_code=trust_remote_code)
+    else:
+        run_recipe(parsed, out, trust_remote_code=trust_remote_code)
+
+
+def show_plan(recipe: ExportRecipe, out: Output, *, trust_remote_code: bool = False) -> None:
+    """Prints the recipe's tasks, what each needs, its size, and whether it would run."""
+    from qexport.graph.build import build, plan
+
+    with out.listening() as on_event:
+        planned = plan(recipe, build(recipe), trust_remote_code=trust_remote_code, on_event=on_event)
+    rows = [
+        (
+            step.task.name,
+            ", ".join(need.name for need in step.task.needs),
+            "" if step.size_bytes is None else format_size(step.size_bytes),
+            "runs" if step.runs else "stands",
+            str(step.task.out),
+        )
+        for step in planned
+    ]
+    total = sum(step.size_bytes or 0 for step in planned if step.runs)
+    names = ("task", "needs", "size", "state", "output")
+    data = {"tasks": [dict(zip(names, row, strict=True)) for row in rows], "bytes": total}
+    out.table("dry run", names, rows, data)
+    if not out.json:
+        out.note(f"{format_size(total)} would be written")
+
+
+def run_recipe(recipe: ExportRecipe, out: Output, *, trust_remote_code: bool = False) -> None:
+    """Runs the recipe and prints the report's table."""
+    from qexport.graph.run import export as run
+    from qexport.graph.run import require_within_gate
+    from qexport.graph.tasks import Task
+    from qexport.report.rows import COLUMNS
+
+    def told(task: Task, runs: bool) -> None:
+        out.note(f"{'run  ' if runs else 'stands'} {task.name}")
+
+    with out.listening() as on_event:
+        result = run(recipe, trust_remote_code=trust_remote_code, on_event=on_event, on_task=told)
+    rows = [row.cells() for row in result.rows]
+    data = {
+        "output": str(result.output),
+        "rows": [asdict(row) for row in result.rows],
+        "ran": list(result.ran),
+        "skipped": list(result.skipped),
+    }
+    out.table(result.title, COLUMNS, rows, data)
+    for line in (*result.recipe_lines, f"report: {result.output / 'report.md'}"):
+        out.note(line)
+    require_within_gate(result, recipe)

@@ -1,0 +1,118 @@
+"""The entry point: the list of commands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from qexport.errors import QexportError
+from qexport.version import __version__
+
+# name -> (where the command is, what it does); `qexport --help` imports none of them
+COMMANDS = {
+    "demo": ("qexport.cli.demo:demo", "Run the whole way on the embedded model, in minutes."),
+    "export": (
+        "qexport.cli.export:export",
+        "Run a recipe: merge, shard, quantize, verify, report.",
+    ),
+    "merge": ("qexport.cli.merge:merge", "Merge adapters into their base."),
+    "quantize": ("qexport.cli.quantize:quantize", "Quantize a model."),
+    "shard": ("qexport.cli.shard:shard", "Write a model again in files of another size."),
+    "verify": ("qexport.cli.verify:verify", "Measure what a model lost against its reference."),
+}
+INTERRUPTED = 130
+TERMINATED = 143
+DEFECT = 70
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM ends the work as Ctrl-C does: with nothing left behind."""
+
+
+class _Commands(click.Group):
+    """Commands that are imported when they are called, and help that needs no import."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COMMANDS)}"
+            raise click.UsageError(f"no command {args[0]!r}; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="qexport")
+def cli() -> None:
+    """From "training is done" to "everyone can run it": merge, shard, quantize and prove language models."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Runs a command and exits: 0 done, 1 not whole or lost too much, 2 bad input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
+    try:
+        result: Any = cli.main(arguments, prog_name="qexport", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except QexportError as error:
+        _complain(str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort) as error:
+        _complain("interrupted; nothing unfinished was left behind")
+        return TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
+    except BrokenPipeError:
+        # the reader of stdout went away; nothing more can be told to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        _complain("out of memory; nothing unfinished was left behind")
+        return 2
+    except Exception as error:
+        if os.environ.get("QEXPORT_DEBUG"):
+            traceback.print_exc()
+        reason = " ".join(str(error).split())[:300]
+        _complain(
+            f"a defect in qexport: {type(error).__name__}: {reason}; "
+            "please report it with the traceback that QEXPORT_DEBUG=1 prints"
+        )
+        return DEFECT
+    return result if isinstance(result, int) else 0
+
+
+def _complain(line: str) -> None:
+    click.echo(f"error: {line}", err=True)

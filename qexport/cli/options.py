@@ -1,0 +1,107 @@
+"""Command-line options made from the fields of the specs, so that help and checks cannot drift apart."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import click
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from qexport.errors import SpecError
+from qexport.sizes import format_size
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+SpecType = TypeVar("SpecType", bound=BaseModel)
+
+
+def spec_options(*specs: type[BaseModel], leave: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """One option a field of `specs`, in order, each once. What the user leaves out stays None."""
+    fields: dict[str, tuple[FieldInfo, list[str]]] = {}
+    for spec in specs:
+        for name, field in spec.model_fields.items():
+            if name not in leave:
+                fields.setdefault(name, (field, []))[1].append(spec.__name__.removesuffix("Spec").lower())
+
+    def decorate(function: Function) -> Function:
+        for name, (field, owners) in reversed(fields.items()):
+            only = f" ({', '.join(owners)} only)" if len(owners) < len(specs) else ""
+            option = click.option(
+                _flag(name),
+                name,
+                type=_click_type(field, specs if name == "bits" else ()),
+                default=None,
+                help=f"{field.description}{_default(name, field)}{only}",
+            )
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _default(name: str, field: FieldInfo) -> str:
+    if field.default is None or "default:" in (field.description or ""):
+        return ""
+    shown = (
+        format_size(field.default).replace(" ", "")
+        if name.endswith("size") and field.default > 10**6
+        else field.default
+    )
+    return f"; default: {shown}"
+
+
+def _click_type(field: FieldInfo, specs: Sequence[type[BaseModel]]) -> Any:
+    """Numbers are parsed here; sizes and shares are text that the spec itself parses."""
+    if specs:
+        widths = {w for s in specs for w in typing.get_args(s.model_fields["bits"].annotation)}
+        return click.Choice([str(width) for width in sorted(widths)])
+    kinds = [kind for kind in _kinds(field.annotation) if kind is not type(None)]
+    parsed_by_spec = any("Validator" in type(extra).__name__ for extra in field.metadata)
+    if parsed_by_spec or kinds == [str]:
+        return click.STRING
+    return {int: click.INT, float: click.FLOAT}.get(kinds[0], click.STRING)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return [str]
+    if origin in (typing.Union, types.UnionType):
+        return [kind for part in typing.get_args(annotation) for kind in _kinds(part)]
+    return [annotation]
+
+
+def make_spec(spec: type[SpecType], given: dict[str, Any], what: str = "") -> SpecType:
+    """The spec from the options that the user gave; SpecError in the options' own words."""
+    values = {name: value for name, value in given.items() if value is not None}
+    foreign = [name for name in values if name not in spec.model_fields]
+    if foreign:
+        own = [_flag(name) for name in spec.model_fields if name != "method"]
+        near = difflib.get_close_matches(_flag(foreign[0]), own, n=1)
+        raise SpecError(
+            f"{_flag(foreign[0])} is no option of {what}",
+            expected=f"it takes {', '.join(own)}",
+            remedy=f"did you mean {near[0]}?" if near else "",
+        )
+    try:
+        return spec.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        if name == "bits":
+            message = f"{what} has {_widths(spec)} bits, not {values['bits']}"
+            raise SpecError(message) from error
+        raise SpecError(f"{_flag(name)} {values.get(name)}: {message}") from error
+
+
+def _widths(spec: type[BaseModel]) -> str:
+    return ", ".join(str(width) for width in typing.get_args(spec.model_fields["bits"].annotation))

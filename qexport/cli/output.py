@@ -1,0 +1,137 @@
+"""Data on stdout, talk on stderr: for people, for programs (`--json`) and for nobody (`--quiet`)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from qexport.events import Advanced, Event, Finished, Noted, OnEvent, Started
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command speaks."""
+
+    json: bool = False
+    quiet: bool = False
+
+    def result(self, data: dict[str, Any], text: str) -> None:
+        """The command's result: `data` as one JSON object, or `text` for people."""
+        if self.json:
+            click.echo(json.dumps(data, ensure_ascii=False))
+        elif not self.quiet:
+            click.echo(text)
+
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        data: dict[str, Any],
+    ) -> None:
+        """A result with rows: a table on a terminal, tab-separated lines elsewhere, or JSON."""
+        if self.json:
+            click.echo(json.dumps(data, ensure_ascii=False))
+        elif self.quiet:
+            return
+        elif sys.stdout.isatty():
+            _rich_table(title, columns, rows)
+        else:
+            for row in (columns, *rows):
+                click.echo("\t".join(row))
+
+    def note(self, text: str) -> None:
+        """Something worth knowing, on stderr."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[OnEvent]:
+        """A listener for the library's events: progress bars on a terminal, notes everywhere."""
+        if self.quiet or self.json or not (sys.stdout.isatty() and sys.stderr.isatty()):
+            yield self._notes_only
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[what]}"),
+        )
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield _ProgressListener(progress, self)
+
+    def _notes_only(self, event: Event) -> None:
+        if isinstance(event, Noted):
+            self.note(f"note: {event.text}")
+
+
+class _ProgressListener:
+    """Shows one bar a stage; bytes are counted in megabytes."""
+
+    def __init__(self, progress: Any, output: Output) -> None:
+        self._progress, self._output = progress, output
+        self._task: Any = None
+        self._divisor = 1.0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._divisor = 1e6 if event.unit == "bytes" else 1.0
+            total = max(round(event.total / self._divisor), 1)
+            unit = "MB" if event.unit == "bytes" else event.unit
+            self._done = 0.0
+            self._task = self._progress.add_task(event.stage, total=total, unit=unit, what="")
+        elif isinstance(event, Advanced):
+            self._done += event.steps / self._divisor
+            self._progress.update(self._task, completed=round(self._done), what=event.what)
+        elif isinstance(event, Finished):
+            self._progress.remove_task(self._task)
+        else:
+            self._progress.console.print(f"note: {event.text}", markup=False, highlight=False)
+
+
+def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def output_options(function: Function) -> Function:
+    """Adds `--json` and `--quiet`."""
+    for decorator in (
+        click.option("--quiet", "-q", is_flag=True, help="print errors only"),
+        click.option("--json", "as_json", is_flag=True, help="print the result as one JSON object"),
+    ):
+        function = decorator(function)
+    return function

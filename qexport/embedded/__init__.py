@@ -1,0 +1,1 @@
+"""The embedded default: a small model of our own, its adapter, and the demo recipe."""

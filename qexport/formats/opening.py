@@ -1,0 +1,46 @@
+"""Opens any checkpoint whose form is known, as a stream of full-precision tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qexport.checkpoint.checkpoint import Checkpoint, open_directory
+from qexport.checkpoint.hub import resolve
+from qexport.errors import UnsupportedModelError
+from qexport.formats import bitsandbytes, gptq
+from qexport.formats.format import Format
+
+FORMATS: dict[str, Format] = {gptq.METHOD: gptq, bitsandbytes.METHOD: bitsandbytes}
+
+
+def float_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that the config names, or else that of the first tensor of floats; fp16 at last."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if named in known:
+        return known[named]
+    floats = (t.dtype for t in checkpoint.stored.values() if t.dtype in known.values())
+    return next(floats, torch.float16)
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """The checkpoint in a directory or under a Hub id, quantized or not; reads headers only.
+
+    Raises CheckpointNotFoundError, NotACheckpointError, CorruptFileError, UnsafeFileError, and
+    UnsupportedModelError for a quantization that has no reader yet.
+    """
+    checkpoint = open_directory(resolve(source))
+    config = checkpoint.quantization
+    if config is None:
+        return checkpoint
+    method = str(config.get("quant_method"))
+    if method not in FORMATS:
+        raise UnsupportedModelError(
+            f"{checkpoint.path} is quantized by {method!r}",
+            expected=f"{' and '.join(FORMATS)} can be read so far",
+        )
+    decoder = FORMATS[method].decoder(config, checkpoint.stored, float_dtype(checkpoint))
+    return replace(checkpoint, decoder=decoder)

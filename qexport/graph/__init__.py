@@ -1,0 +1,1 @@
+"""A job as frozen tasks: built from a recipe, planned before it runs, skipped where its result stands."""

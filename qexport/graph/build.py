@@ -1,0 +1,112 @@
+"""From a recipe to its tasks, and what they will do: all of it before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qexport.checkpoint.checkpoint import open_directory
+from qexport.checkpoint.hub import resolve
+from qexport.errors import RecipeError
+from qexport.events import Event, Noted, OnEvent, ignore
+from qexport.graph.recipe import ExportRecipe
+from qexport.graph.tasks import (
+    MergeTask,
+    QuantizeTask,
+    ReportTask,
+    ShardTask,
+    Source,
+    Task,
+    VerifyTask,
+)
+from qexport.merging.merge import check_merge
+from qexport.quantization import planned_size
+from qexport.specs import AnyQuantizeSpec
+from qexport.verification.verify import evaluation_data
+
+
+def variant_name(spec: AnyQuantizeSpec) -> str:
+    """A variant's directory: method, bits, and the group size where the user chose one."""
+    group = getattr(spec, "group_size", None)
+    suffix = "" if group is None else "-row" if group == -1 else f"-g{group}"
+    return f"{spec.method}-{spec.bits}bit{suffix}"
+
+
+def build(recipe: ExportRecipe) -> list[Task]:
+    """The recipe's tasks, each after those that it needs; the report is the last.
+
+    Raises RecipeError when two variants would get the same name.
+    """
+    out = Path(recipe.output)
+    tasks: list[Task] = []
+    source: Source = recipe.base
+    if recipe.adapters:
+        source = MergeTask("merge", out / "merged", recipe.base, recipe.adapters, recipe.merge)
+        tasks.append(source)
+    if recipe.shard:
+        source = ShardTask("shard", out / "sharded", source, recipe.shard)
+        tasks.append(source)
+    reference = VerifyTask("verify full", out / "scores" / "full.json", source, recipe.verify)
+    tasks.append(reference)
+    variants = []
+    names: set[str] = set()
+    for spec in recipe.quantize:
+        name = variant_name(spec)
+        if name in names:
+            raise RecipeError(f"the recipe asks for {name} twice")
+        names.add(name)
+        made = QuantizeTask(name, out / name, source, spec)
+        scores = out / "scores" / f"{name}.json"
+        verified = VerifyTask(f"verify {name}", scores, made, recipe.verify)
+        tasks += [made, verified]
+        variants.append((made, verified))
+    tasks.append(ReportTask("report", out, recipe.title, reference, tuple(variants)))
+    return tasks
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A task and what is known of it before it runs: whether it will, and how many bytes it writes."""
+
+    task: Task
+    runs: bool
+    size_bytes: int | None
+
+
+def plan(
+    recipe: ExportRecipe,
+    tasks: list[Task],
+    *,
+    trust_remote_code: bool = False,
+    on_event: OnEvent = ignore,
+) -> list[Planned]:
+    """Checks the whole recipe against its inputs and tells what would run; reads headers and hashes.
+
+    Raises whatever InputError a task would run into for its options or inputs.
+    """
+    base = resolve(recipe.base)
+    checkpoint = open_directory(base)
+    if recipe.adapters:
+        check_merge(recipe.base, recipe.adapters)
+    evaluation_data(recipe.verify)
+    told: set[str] = set()
+
+    def once(event: Event) -> None:
+        if not isinstance(event, Noted) or event.text not in told:
+            on_event(event)
+        if isinstance(event, Noted):
+            told.add(event.text)
+
+    planned: list[Planned] = []
+    running: set[str] = set()
+    for task in tasks:
+        size = None
+        if isinstance(task, QuantizeTask):
+            size = planned_size(base, task.spec, trust_remote_code=trust_remote_code, on_event=once)
+        elif isinstance(task, (MergeTask, ShardTask)):
+            size = checkpoint.weights_size
+        runs = any(need.name in running for need in task.needs) or not task.stands()
+        if runs:
+            running.add(task.name)
+        planned.append(Planned(task, runs, size))
+    return planned

@@ -1,0 +1,71 @@
+"""Runs a recipe's tasks in order, skipping those whose results stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qexport.events import OnEvent, ignore
+from qexport.graph.build import build, plan
+from qexport.graph.recipe import ExportRecipe, read_recipe
+from qexport.graph.tasks import Context, ReportTask, Task, require_all_within
+from qexport.report.rows import Row, recipe_lines
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export made: its directory, the report's rows, and which tasks ran."""
+
+    output: Path
+    title: str
+    rows: tuple[Row, ...]
+    recipe_lines: tuple[str, ...]
+    ran: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+OnTask = Callable[[Task, bool], None]
+
+
+def export(
+    recipe: ExportRecipe | str | Path,
+    *,
+    trust_remote_code: bool = False,
+    on_event: OnEvent = ignore,
+    on_task: OnTask = lambda task, runs: None,
+) -> ExportResult:
+    """Runs a recipe: merge, shard, quantize and verify each variant, and report.
+
+    Everything is checked before the first task runs. A task whose result stands is skipped.
+    `on_task` hears of each task before it runs, or that it is skipped (False).
+    Whether the losses are within the recipe's gate is for `require_within_gate` to say.
+    """
+    if not isinstance(recipe, ExportRecipe):
+        recipe = read_recipe(Path(recipe))
+    tasks = build(recipe)
+    plan(recipe, tasks, trust_remote_code=trust_remote_code)
+    context = Context(on_event, trust_remote_code)
+    ran: list[str] = []
+    skipped: list[str] = []
+    for task in tasks:
+        runs = not task.stands()
+        on_task(task, runs)
+        if runs:
+            task.run(context)
+        (ran if runs else skipped).append(task.name)
+    report = tasks[-1]
+    assert isinstance(report, ReportTask)  # noqa: S101 - build() puts it last
+    return ExportResult(
+        output=Path(recipe.output),
+        title=recipe.title,
+        rows=tuple(report.rows()),
+        recipe_lines=tuple(recipe_lines(report.reference.scores())),
+        ran=tuple(ran),
+        skipped=tuple(skipped),
+    )
+
+
+def require_within_gate(result: ExportResult, recipe: ExportRecipe) -> None:
+    """Raises GateError when a variant loses more than the recipe's `verify.max_loss`."""
+    require_all_within(list(result.rows), recipe.verify.max_loss)

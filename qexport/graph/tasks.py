@@ -1,0 +1,301 @@
+"""The steps of an export as frozen tasks: each knows its inputs, whether its result stands, and how to run.
+
+A result stands when its manifest carries the key of the task's recipe, made of the hashes of its inputs,
+its options and qexport's version, and when every file still has its hash.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qexport.checkpoint.checkpoint import read_json
+from qexport.checkpoint.hub import resolve
+from qexport.checkpoint.manifest import (
+    MANIFEST_FILE,
+    Recipe,
+    add_figures,
+    read_figures,
+    stands,
+)
+from qexport.checkpoint.resharding import shard, shard_recipe
+from qexport.checkpoint.staging import write_file_atomically
+from qexport.errors import GateError, QexportError
+from qexport.events import OnEvent
+from qexport.measure import Measured
+from qexport.merging.merge import merge, merge_recipe
+from qexport.quantization import quantize, quantize_recipe
+from qexport.report.rows import Row, make_row, report_json, report_markdown
+from qexport.results import Bleu, Evaluation, Perplexity
+from qexport.specs import (
+    AnyQuantizeSpec,
+    MergeSpec,
+    ShardSpec,
+    VerifySpec,
+)
+from qexport.verification.verify import evaluate, evaluate_recipe
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a run as a whole decides: who listens, and whether a checkpoint's own code may run."""
+
+    on_event: OnEvent
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """One step. `needs` come before it; `out` is where its result lies."""
+
+    name: str
+    out: Path
+
+    @property
+    @abstractmethod
+    def needs(self) -> tuple[Task, ...]:
+        """The tasks whose results this one reads."""
+
+    @abstractmethod
+    def stands(self) -> bool:
+        """Whether the result is there, whole, and made of the present inputs."""
+
+    @abstractmethod
+    def run(self, context: Context) -> None:
+        """Makes the result anew."""
+
+
+Source = Task | str
+
+
+def _path(source: Source) -> Path:
+    return source.out if isinstance(source, Task) else resolve(source)
+
+
+def _needs(*sources: Source) -> tuple[Task, ...]:
+    return tuple(source for source in sources if isinstance(source, Task))
+
+
+@dataclass(frozen=True)
+class ModelTask(Task):
+    """A task whose result is a model directory with a manifest."""
+
+    @abstractmethod
+    def recipe(self) -> Recipe:
+        """What determines the result; its inputs must be there."""
+
+    @abstractmethod
+    def make(self, context: Context, *, overwrite: bool) -> None:
+        """Writes the model."""
+
+    def stands(self) -> bool:
+        """By the manifest's key and the files' hashes."""
+        return (self.out / MANIFEST_FILE).is_file() and stands(self.out, self.recipe().key)
+
+    def run(self, context: Context) -> None:
+        """Replaces what qexport itself made before, and nothing else; notes what it cost."""
+        with Measured() as cost:
+            self.make(context, overwrite=(self.out / MANIFEST_FILE).is_file())
+        costs = {"seconds": round(cost.seconds, 3), "peak_bytes": cost.peak_bytes}
+        add_figures(self.out, costs)
+
+
+@dataclass(frozen=True)
+class MergeTask(ModelTask):
+    """Adapters into their base."""
+
+    base: str
+    adapters: tuple[str, ...]
+    spec: MergeSpec
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        """Nothing: its inputs are the user's."""
+        return ()
+
+    def recipe(self) -> Recipe:
+        """See `merge_recipe`."""
+        return merge_recipe(resolve(self.base), [resolve(a) for a in self.adapters], self.spec)
+
+    def make(self, context: Context, *, overwrite: bool) -> None:
+        """See `merge`."""
+        merge(
+            self.base,
+            self.adapters,
+            self.out,
+            self.spec,
+            overwrite=overwrite,
+            on_event=context.on_event,
+        )
+
+
+@dataclass(frozen=True)
+class ShardTask(ModelTask):
+    """The same tensors in files of another size."""
+
+    source: Source
+    spec: ShardSpec
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        """The source."""
+        return _needs(self.source)
+
+    def recipe(self) -> Recipe:
+        """See `shard_recipe`."""
+        return shard_recipe(_path(self.source), self.spec)
+
+    def make(self, context: Context, *, overwrite: bool) -> None:
+        """See `shard`."""
+        shard(
+            _path(self.source),
+            self.out,
+            self.spec,
+            overwrite=overwrite,
+            on_event=context.on_event,
+        )
+
+
+@dataclass(frozen=True)
+class QuantizeTask(ModelTask):
+    """One quantized variant."""
+
+    source: Source
+    spec: AnyQuantizeSpec
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        """The source."""
+        return _needs(self.source)
+
+    def recipe(self) -> Recipe:
+        """See `quantize_recipe`."""
+        return quantize_recipe(_path(self.source), self.spec)
+
+    def make(self, context: Context, *, overwrite: bool) -> None:
+        """See `quantize`."""
+        quantize(
+            _path(self.source),
+            self.out,
+            self.spec,
+            overwrite=overwrite,
+            trust_remote_code=context.trust_remote_code,
+            on_event=context.on_event,
+        )
+
+
+@dataclass(frozen=True)
+class VerifyTask(Task):
+    """A model's integrity and scores, kept as JSON; the model's own manifest gets the figures too."""
+
+    source: Source
+    spec: VerifySpec
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        """The model."""
+        return _needs(self.source)
+
+    def _key(self) -> str:
+        return evaluate_recipe(_path(self.source), self.spec).key
+
+    def stands(self) -> bool:
+        """By the key that the scores carry."""
+        try:
+            return self.out.is_file() and read_json(self.out).get("key") == self._key()
+        except QexportError:
+            return False
+
+    def run(self, context: Context) -> None:
+        """See `evaluate`."""
+        scores = evaluate(
+            _path(self.source),
+            self.spec,
+            trust_remote_code=context.trust_remote_code,
+            on_event=context.on_event,
+        )
+        content = {"key": self._key(), "scores": asdict(scores)}
+        write_file_atomically(self.out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        if isinstance(self.source, Task):
+            figures: dict[str, Any] = {
+                "perplexity": scores.perplexity.value,
+                "perplexity_se": scores.perplexity.standard_error,
+                "perplexity_recipe": dict(scores.perplexity.recipe),
+            }
+            if scores.bleu:
+                figures["bleu"] = scores.bleu.value
+                figures["bleu_recipe"] = dict(scores.bleu.recipe)
+            add_figures(self.source.out, figures)
+
+    def scores(self) -> Evaluation:
+        """The result, read back."""
+        raw = read_json(self.out)["scores"]
+        perplexity = raw.pop("perplexity")
+        for name in ("unit_nll", "unit_tokens"):
+            perplexity[name] = tuple(perplexity[name])
+        bleu = raw.pop("bleu")
+        if bleu:
+            bleu["answers"] = tuple(bleu["answers"])
+        return Evaluation(**raw, perplexity=Perplexity(**perplexity), bleu=Bleu(**bleu) if bleu else None)
+
+
+@dataclass(frozen=True)
+class ReportTask(Task):
+    """report.json and report.md from the scores of the full-precision model and of every variant."""
+
+    title: str
+    reference: VerifyTask
+    variants: tuple[tuple[QuantizeTask, VerifyTask], ...]
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        """All scores."""
+        return (self.reference, *(verified for _, verified in self.variants))
+
+    def stands(self) -> bool:
+        """Never: writing it costs nothing."""
+        return False
+
+    def rows(self) -> list[Row]:
+        """The full-precision model first, then the variants in the recipe's order."""
+        full = self.reference.scores()
+        bits = round(full.bits_per_weight)
+        source = self.reference.source
+        costs = read_figures(source.out) if isinstance(source, Task) else {}
+        rows = [make_row("full", "none", bits, full, reference=None, costs=costs)]
+        for made, verified in self.variants:
+            rows.append(
+                make_row(
+                    made.name,
+                    made.spec.method,
+                    made.spec.bits,
+                    verified.scores(),
+                    reference=full,
+                    costs=read_figures(made.out),
+                )
+            )
+        return rows
+
+    def run(self, context: Context) -> None:
+        """Writes both files."""
+        rows, full = self.rows(), self.reference.scores()
+        content = json.dumps(report_json(self.title, rows, full), indent=2, ensure_ascii=False)
+        write_file_atomically(self.out / "report.json", content + "\n")
+        write_file_atomically(self.out / "report.md", report_markdown(self.title, rows, full))
+
+
+def require_all_within(rows: list[Row], max_loss: float | None) -> None:
+    """The gate over a whole report: GateError that names every row that loses more."""
+    failing = [
+        f"{row.variant} ({100 * row.loss:+.2f} %)"
+        for row in rows
+        if max_loss is not None and row.loss is not None and not row.loss <= max_loss
+    ]
+    if failing:
+        raise GateError(
+            f"{len(failing)} variants lose too much perplexity: {', '.join(failing)}",
+            expected=f"at most {100 * (max_loss or 0):g} %",
+        )

@@ -1,0 +1,1 @@
+"""Which values a group of weights may take: pure arithmetic, `fit`, `encode` and `decode` side by side."""

@@ -1,0 +1,24 @@
+"""The tokenizer that lies beside a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qexport.errors import CalibrationError
+from qexport.modeling.skeleton import quiet_transformers
+
+
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' tokenizer of the model in `path`. Raises CalibrationError when there is none."""
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises whatever a missing or broken file leads it to
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"{path} has no tokenizer that can be loaded: {reason}",
+            remedy="put the model's tokenizer files beside it",
+        ) from error

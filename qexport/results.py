@@ -1,0 +1,84 @@
+"""What the verbs return: typed results, plain numbers with their units in the names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """A quantized checkpoint and what it took.
+
+    `bits_per_weight` counts every byte of the weights' files, embeddings and scales included, over every
+    parameter; `layer_bits_per_weight` the quantized layers alone.
+    """
+
+    path: Path
+    method: str
+    bits: int
+    quantized_layers: int
+    layers_left: tuple[str, ...]
+    size_bytes: int
+    bits_per_weight: float
+    layer_bits_per_weight: float
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood a token, with its standard error.
+
+    `unit_nll` (nats, summed) and `unit_tokens` are the sums of each independent unit, a document or a
+    window: what a paired comparison of two models on the same text needs.
+    """
+
+    value: float
+    standard_error: float
+    tokens: int
+    unit_nll: tuple[float, ...]
+    unit_tokens: tuple[int, ...]
+    recipe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Bleu:
+    """Corpus BLEU of greedy answers, with sacrebleu's signature; the answers stand beside it."""
+
+    value: float
+    signature: str
+    answers: tuple[str, ...]
+    recipe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model's scores. A score that was not asked for is None."""
+
+    model: str
+    size_bytes: int
+    bits_per_weight: float
+    perplexity: Perplexity
+    bleu: Bleu | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much worse the candidate is: relative rise of perplexity, and its paired standard error."""
+
+    loss: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """Reference and candidate on the same data."""
+
+    reference: Evaluation
+    candidate: Evaluation
+    loss: Difference
+    tensors_checked: int = 0
+    notes: tuple[str, ...] = field(default=())
