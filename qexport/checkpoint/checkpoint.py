@@ -233,10 +233,10 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
 def local_path(source: str | Path) -> Path | None:
     """`source` as a path when it is meant as one; None when it reads as a Hub id."""
     text = str(source)
+    if not text.strip():
+        raise InputError("the model's name is empty", expected="a directory or a Hub id")
     if Path(text).exists() or isinstance(source, Path):
         return Path(text)
     parts = text.split("/")
     looks_local = text.startswith((".", "/", "~")) or len(parts) > 2 or not all(parts)
-    if not text.strip():
-        raise InputError("the model's name is empty", expected="a directory or a Hub id")
     return Path(text).expanduser() if looks_local else None

@@ -35,13 +35,14 @@ Codes = Nf4Codes | Int8RowCodes
 
 
 def obstacle(shape: Sequence[int], grid: Grid) -> str | None:
-    """Why a matrix [out, in] is better not stored.
+    """Why a matrix [out, in] is better not stored, seen with bitsandbytes 0.50.
 
-    Any could be, but bitsandbytes 0.50's CPU kernel decodes 4-bit rows that are no whole number of
-    blocks wrongly (128 x 352: errors of the size of the weights), and without a word.
+    CUDA takes any shape. On a CPU, 4-bit rows that are no whole number of blocks are decoded wrongly and
+    without a word (128 x 352: errors of the size of the weights), and outputs that are no multiple of 32
+    end in an assertion.
     """
-    if isinstance(grid, Nf4Grid) and shape[1] % BLOCK:
-        return f"inputs that are no multiple of {BLOCK}, which bitsandbytes misreads on a CPU"
+    if isinstance(grid, Nf4Grid) and (shape[1] % BLOCK or shape[0] % 32):
+        return f"sides that are no multiples of 32 and {BLOCK}, which bitsandbytes cannot read on a CPU"
     return None
 
 

@@ -296,6 +296,6 @@ def require_all_within(rows: list[Row], max_loss: float | None) -> None:
     ]
     if failing:
         raise GateError(
-            f"{len(failing)} variants lose too much perplexity: {', '.join(failing)}",
+            f"too much perplexity is lost by {', '.join(failing)}",
             expected=f"at most {100 * (max_loss or 0):g} %",
         )

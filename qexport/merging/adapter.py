@@ -17,6 +17,8 @@ from qexport.merging.lora import lora_scale
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight")
+# PEFT saves the base's own matrix along when an embedding or the output head is adapted
+_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,15 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened adapter: module name (without `.weight`) -> its pair."""
+    """An opened adapter: module name (without `.weight`) -> its pair.
+
+    `copies` are shapes of the base's own matrices that PEFT saved along, by module name.
+    """
 
     path: Path
     base_name: str | None
     pairs: Mapping[str, LoraPair]
+    copies: Mapping[str, tuple[int, ...]]
 
 
 def open_adapter(source: str | Path) -> Adapter:
@@ -67,7 +73,9 @@ def open_adapter(source: str | Path) -> Adapter:
             )
         raise AdapterError(f"{path} has no {WEIGHTS_FILE}", expected="a PEFT adapter has one")
     tensors, _ = read_header(path / WEIGHTS_FILE)
-    return Adapter(path, config.get("base_model_name_or_path"), _pairs(path, config, tensors))
+    copies = {m["module"]: t.shape for name, t in tensors.items() if (m := _COPY.fullmatch(name))}
+    matrices = {name: tensor for name, tensor in tensors.items() if not _COPY.fullmatch(name)}
+    return Adapter(path, config.get("base_model_name_or_path"), _pairs(path, config, matrices), copies)
 
 
 def _require_supported(path: Path, config: Mapping[str, Any]) -> None:

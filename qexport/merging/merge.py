@@ -130,18 +130,16 @@ def _require_fit(checkpoint: Checkpoint, adapter: Adapter) -> None:
             f"{len(adapter.pairs)} modules are not in {checkpoint.path}, such as {strangers[0]}",
             expected=f"names like {near[0]}" if near else "",
         )
-    misfits = [
-        (module, pair)
-        for module, pair in adapter.pairs.items()
-        if checkpoint.info(f"{module}.weight").shape != pair.shape
-    ]
+    shapes = [(module, pair.shape) for module, pair in adapter.pairs.items()]
+    shapes += [(module, shape) for module, shape in adapter.copies.items() if module in modules]
+    misfits = [(m, shape) for m, shape in shapes if checkpoint.info(f"{m}.weight").shape != shape]
     if misfits:
-        module, pair = misfits[0]
+        module, shape = misfits[0]
         raise AdapterError(
             f"{adapter.path} was made for another base{trained_on}: {len(misfits)} of its "
-            f"{len(adapter.pairs)} matrices have other shapes; {module} is "
+            f"{len(shapes)} matrices have other shapes; {module} is "
             f"{list(checkpoint.info(f'{module}.weight').shape)} in {checkpoint.path}, "
-            f"{list(pair.shape)} in the adapter"
+            f"{list(shape)} in the adapter"
         )
 
 

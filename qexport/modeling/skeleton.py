@@ -38,7 +38,9 @@ class Skeleton:
 
     def ignored_patterns(self) -> set[str]:
         """Regular expressions of names that old checkpoints hold and the model does without."""
-        return set(getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ())
+        own = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        # rotary tables were stored once; transformers computes them and passes over stored ones too
+        return {*own, r"rotary_emb\.inv_freq$"}
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Name and shape [out, in] of every linear layer but the output head, in order."""

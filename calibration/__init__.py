@@ -1,0 +1,1 @@
+"""Calibration text, held-out text and translation pairs that ship with the package."""

@@ -1,0 +1,81 @@
+"""The embedded default and the demo: the figures that the README promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import qexport
+from qexport.graph.recipe import parse_recipe
+from qexport.graph.run import ExportResult
+from qexport.packaged import demo_recipe, embedded_adapter, embedded_base
+from qexport.report.rows import Row
+from qexport.specs import VerifySpec
+from qexport.verification.perplexity import relative_difference
+
+
+def test_the_base_is_small_and_fits_every_grid() -> None:
+    config = json.loads((embedded_base() / "config.json").read_text())
+    assert config["model_type"] == "llama"
+    assert config["hidden_size"] == 256
+    assert config["intermediate_size"] % 256 == 0
+    assert config["num_hidden_layers"] >= 4
+    assert config["num_key_value_heads"] < config["num_attention_heads"]
+    assert config["tie_word_embeddings"] is True
+    assert sum(file.stat().st_size for file in embedded_base().iterdir()) < 8_000_000
+    assert (embedded_base() / "chat_template.jinja").is_file()
+    checkpoint = qexport.open_checkpoint(embedded_base())
+    assert {str(checkpoint.info(name).dtype) for name in checkpoint.names()} == {"torch.float16"}
+    assert json.loads((embedded_adapter() / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """The demo, run once."""
+    out = tmp_path_factory.mktemp("demo")
+    text = demo_recipe().read_text().replace("${embedded}", str(demo_recipe().parent))
+    return qexport.export(parse_recipe(text, "demo").model_copy(update={"output": str(out)}))
+
+
+def row(demo: ExportResult, variant: str) -> Row:
+    return next(row for row in demo.rows if row.variant == variant)
+
+
+@pytest.mark.slow
+def test_the_merge_shows(demo: ExportResult) -> None:
+    alone = qexport.evaluate(embedded_base(), VerifySpec()).bleu
+    merged = row(demo, "full").bleu
+    assert alone is not None
+    assert merged is not None
+    assert alone.value < 10
+    assert merged > 60
+
+
+@pytest.mark.slow
+def test_eight_bits_lose_next_to_nothing(demo: ExportResult) -> None:
+    loss = row(demo, "bnb-8bit").loss
+    assert loss is not None
+    assert abs(loss) < 0.005
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_gptq_beats_rounding_by_more_than_noise(demo: ExportResult, bits: int) -> None:
+    from qexport.graph.tasks import VerifyTask
+
+    def scores(name: str) -> qexport.results.Evaluation:
+        return VerifyTask(name, demo.output / "scores" / f"{name}.json", "", VerifySpec()).scores()
+
+    gptq, rtn = scores(f"gptq-{bits}bit"), scores(f"rtn-{bits}bit")
+    gain = relative_difference(gptq.perplexity, rtn.perplexity)
+    assert gain.loss > 2 * gain.standard_error > 0
+
+
+@pytest.mark.slow
+def test_the_demos_files(demo: ExportResult) -> None:
+    files = {path.name for path in demo.output.iterdir()}
+    variants = {"bnb-8bit", "bnb-4bit"} | {f"{m}-{b}bit" for m in ("gptq", "rtn") for b in (4, 3, 2)}
+    assert files == {"merged", "sharded", "scores", "report.json", "report.md"} | variants
+    assert (Path(demo.output) / "sharded" / "model.safetensors.index.json").is_file()

@@ -1,0 +1,223 @@
+"""merge: the merged model is the model with the adapter still on (PEFT's forward pass is the oracle)."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qexport
+from qexport.errors import AdapterError, NonFiniteError, UnsafeFileError, UnsupportedModelError
+from qexport.merging.lora import lora_scale, merge_lora
+from qexport.specs import BnbSpec, MergeSpec
+from tests.conftest import RunCli, shared
+from tests.tiny import edit_json, edit_weights, logits, tiny_adapter, tiny_model, tokens
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def with_adapters(base: Path, *adapters: Path) -> torch.Tensor:
+    """Logits in fp32 with the adapters on, unmerged."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if len(adapters) == 1:
+        return logits(PeftModel.from_pretrained(model, adapters[0]), tokens())
+    adapted = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
+    for number, adapter in enumerate(adapters[1:], start=1):
+        adapted.load_adapter(adapter, adapter_name=str(number))
+    adapted.base_model.set_adapter([str(number) for number in range(len(adapters))])
+    return logits(adapted, tokens())
+
+
+def merged(out: Path) -> torch.Tensor:
+    model, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values())
+    return logits(model, tokens())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"r": 8, "lora_alpha": 3, "modules": ALL},
+        {"modules": ALL, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 32, "0.mlp.up_proj": 1}},
+    ],
+    ids=["lora", "rslora", "all linears", "patterns"],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_merged_is_adapter_on(tmp_path: Path, options: dict[str, Any], tied: bool) -> None:
+    base = tiny_model(tmp_path / "base", dtype=torch.float32, tied=tied)
+    adapter = tiny_adapter(tmp_path / "adapter", base, **options)
+    qexport.merge(base, [adapter], tmp_path / "out", MergeSpec(max_shard_size="200KB"))  # type: ignore[arg-type]
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    expected = with_adapters(base, adapter)
+    assert (expected - logits(AutoModelForCausalLM.from_pretrained(base), tokens())).abs().max() > 0.1
+    torch.testing.assert_close(merged(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_several_adapters_add_up(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", dtype=torch.float32)
+    one = tiny_adapter(tmp_path / "one", base, seed=1)
+    two = tiny_adapter(tmp_path / "two", base, seed=2, modules=("q_proj", "up_proj"), use_rslora=True)
+    qexport.merge(base, [one, two], tmp_path / "out")
+    torch.testing.assert_close(merged(tmp_path / "out"), with_adapters(base, one, two), rtol=1e-4, atol=1e-4)
+
+
+def test_sixteen_bits_are_rounded_once(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", dtype=torch.bfloat16)
+    adapters = [tiny_adapter(tmp_path / name, base, seed=n) for n, name in enumerate(("a", "b"))]
+    qexport.merge(base, adapters, tmp_path / "out")
+    name = "model.layers.1.mlp.down_proj"
+    exact = load_file(base / "model.safetensors")[f"{name}.weight"].double()
+    for adapter in adapters:
+        held = load_file(adapter / "adapter_model.safetensors")
+        a, b = (held[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        exact += 2.0 * b @ a
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    # an fp32 sum may fall on the other side of a tie; two roundings to bf16 would differ far more often
+    assert (written[f"{name}.weight"] != exact.to(torch.bfloat16)).float().mean() < 1e-3
+    untouched = "model.layers.1.self_attn.k_proj.weight"
+    assert torch.equal(written[untouched], load_file(base / "model.safetensors")[untouched])
+
+
+def test_lora_arithmetic() -> None:
+    assert lora_scale(16, 4, rank_stabilized=False) == 4
+    assert lora_scale(16, 4, rank_stabilized=True) == 8
+    weight, a, b = torch.eye(3), torch.ones(1, 3), torch.tensor([[1.0], [2.0], [3.0]])
+    expected = torch.eye(3) + 0.5 * torch.tensor([[1.0], [2.0], [3.0]]).expand(3, 3)
+    assert torch.equal(merge_lora(weight, a, b, 0.5), expected)
+    assert torch.equal(weight, torch.eye(3))
+
+
+def refused(base: Path, adapter: Path, out: Path, kind: type[Exception], pattern: str) -> None:
+    with pytest.raises(kind, match=pattern):
+        qexport.merge(base, [adapter], out)
+    assert not out.exists()
+
+
+def test_an_adapter_of_another_base_tells_how_it_differs(llama: Path, tmp_path: Path) -> None:
+    wider = tiny_model(tmp_path / "wider", hidden_size=256)
+    adapter = tiny_adapter(tmp_path / "adapter", wider)
+    shapes = r"made for another base.*4 of its 4 matrices have other shapes.*\[128, 256\] in .*, \[256, 256\]"
+    refused(llama, adapter, tmp_path / "out", AdapterError, shapes)
+    deeper = tiny_model(tmp_path / "deeper", num_hidden_layers=3)
+    adapter = tiny_adapter(tmp_path / "deep", deeper)
+    refused(
+        llama,
+        adapter,
+        tmp_path / "out",
+        AdapterError,
+        r"2 of its 6 modules are not in .*names like model\.layers",
+    )
+
+
+def test_half_a_pair_and_other_ranks(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", llama)
+    file = adapter / "adapter_model.safetensors"
+    whole = load_file(file)
+    name = next(name for name in whole if "q_proj.lora_B" in name)
+    save_file({key: value for key, value in whole.items() if key != name}, file)
+    refused(llama, adapter, tmp_path / "out", AdapterError, "only lora_A of model.layers.0.self_attn.q_proj")
+    save_file({**whole, name: torch.zeros(128, 5)}, file)
+    refused(llama, adapter, tmp_path / "out", AdapterError, "ranks .* differ: lora_A has 4, lora_B 5")
+    save_file({**whole, "base_model.model.lm_head.weight": torch.zeros(2)}, file)
+    refused(llama, adapter, tmp_path / "out", AdapterError, "1 tensors that are no LoRA matrices")
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"peft_type": "LOHA"}, "is a LOHA adapter"),
+        ({"peft_type": None}, "is a None adapter"),
+        ({"use_dora": True}, "uses DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"lora_alpha": "much"}, "lora_alpha is 'much'"),
+    ],
+)
+def test_adapters_that_cannot_be_merged_yet_say_what_they_are(
+    llama: Path, tmp_path: Path, changes: dict[str, Any], pattern: str
+) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", llama)
+    edit_json(adapter / "adapter_config.json", **changes)
+    refused(llama, adapter, tmp_path / "out", AdapterError, re.escape(pattern))
+
+
+def test_an_adapter_on_one_side_of_a_tie_is_refused(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", llama, modules=("lm_head",))
+    refused(llama, adapter, tmp_path / "out", AdapterError, "one side of a tied pair")
+
+
+def test_pickles_and_missing_files(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", llama)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    refused(llama, adapter, tmp_path / "out", UnsafeFileError, "a pickle that can run code")
+    (adapter / "adapter_model.bin").unlink()
+    refused(llama, adapter, tmp_path / "out", AdapterError, "has no adapter_model.safetensors")
+    (adapter / "adapter_config.json").unlink()
+    refused(llama, adapter, tmp_path / "out", AdapterError, "has no adapter_config.json")
+
+
+def test_nan_is_named(llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    adapter = tiny_adapter(tmp_path / "adapter", base)
+    norm = torch.full((128,), torch.nan, dtype=torch.float16)
+    edit_weights(base, **{"model.norm.weight": norm})
+    refused(
+        base, adapter, tmp_path / "out", NonFiniteError, r"base has NaN or infinity in model\.norm\.weight"
+    )
+    file = adapter / "adapter_model.safetensors"
+    held = load_file(file)
+    name = next(name for name in held if "lora_A" in name)
+    save_file({**held, name: torch.full_like(held[name], torch.inf)}, file)
+    refused(llama, adapter, tmp_path / "out", NonFiniteError, "the merged model has NaN or infinity in")
+
+
+def test_a_quantized_base_is_refused(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", llama)
+    qexport.quantize(llama, tmp_path / "four", BnbSpec())
+    refused(tmp_path / "four", adapter, tmp_path / "out", UnsupportedModelError, "is quantized .bitsandbytes")
+
+
+def test_cli(llama: Path, tmp_path: Path, cli: RunCli) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", llama)
+    out = tmp_path / "out"
+    code, stdout, stderr = cli("merge", llama, "-a", adapter, "-o", out)
+    assert (code, stderr) == (0, "")
+    assert stdout == f"{out}: 673 KB, 4 of 20 tensors changed\n"
+    code, stdout, stderr = cli("merge", llama, "-a", adapter, "-o", out)
+    assert (code, stdout) == (2, "")
+    assert stderr == f"error: {out} is there already; add --overwrite, or choose another place with -o\n"
+    code, stdout, _ = cli("merge", llama, "-a", adapter, "-o", out, "--overwrite", "--json")
+    assert code == 0
+    assert json.loads(stdout)["tensors_changed"] == 4
+    code, _, stderr = cli("merge", llama, "-a", tmp_path / "none", "-o", tmp_path / "other")
+    assert code == 2
+    assert stderr.startswith(f"error: adapter {tmp_path / 'none'} does not exist")
+
+
+@pytest.mark.slow
+def test_a_real_model_with_its_adapter(tmp_path: Path) -> None:
+    base, adapter = shared("models", "captions22m"), shared("models", "captions22m-lora-en")
+    qexport.merge(base, [adapter], tmp_path / "out")
+    found, expected = merged(tmp_path / "out"), with_adapters(base, adapter)
+    # bf16 weights: one rounding of the merged matrices
+    assert (found - expected).norm() / expected.norm() < 0.01
+
+
+def test_an_adapted_output_head_comes_with_a_copy_of_the_bases(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", dtype=torch.float32, tied=False)
+    adapter = tiny_adapter(tmp_path / "adapter", base, modules=("lm_head", "q_proj"))
+    assert any("base_layer" in name for name in load_file(adapter / "adapter_model.safetensors"))
+    qexport.merge(base, [adapter], tmp_path / "out")
+    torch.testing.assert_close(merged(tmp_path / "out"), with_adapters(base, adapter), rtol=1e-4, atol=1e-4)
+    smaller = tiny_model(tmp_path / "smaller", tied=False, vocab_size=310)
+    refused(smaller, adapter, tmp_path / "no", AdapterError, r"lm_head is \[310, 128\] in .*, \[320, 128\]")

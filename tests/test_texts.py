@@ -1,0 +1,125 @@
+"""Texts and windows: every form is read, nothing is dropped, every token is scored once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qexport.calibrate.texts import read_documents, read_pairs
+from qexport.calibrate.windows import calibration_windows, opening_token, scored_windows
+from qexport.errors import CalibrationError, StorageError
+from qexport.modeling.tokenizer import load_tokenizer
+from tests.conftest import shared
+
+RECORDS = ["one", "two words", "three\nlines"]
+
+
+def test_every_form_gives_the_same_documents(tmp_path: Path) -> None:
+    records = [{"text": text} for text in RECORDS]
+    forms = {
+        "list.json": json.dumps(records),
+        "lines.json": "\n".join(map(json.dumps, records)),
+        "lines.jsonl": "\n\n".join(map(json.dumps, records)) + "\n",
+        "strings.json": json.dumps(RECORDS),
+        "plain.txt": "<|endoftext|>".join(RECORDS),
+    }
+    for name, content in forms.items():
+        (tmp_path / name).write_text(content)
+        assert read_documents(tmp_path / name) == RECORDS, name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pattern"),
+    [
+        ("a.txt", b"  \n", "holds no text"),
+        ("a.jsonl", b"", "holds no text"),
+        ("a.json", b"[]", "holds no text"),
+        ("a.json", b'{"text": "x"', "neither JSON nor JSON lines"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}', "record 2 of .* has no text .it has body"),
+        ("a.json", b"[1]", "record 1 of .* has no text .it has int"),
+        ("a.txt", b"\xff\xfe\x00", "is not UTF-8"),
+        ("a.json", b"[" * 100_000, "neither JSON nor JSON lines"),
+    ],
+)
+def test_what_is_no_text_is_told(tmp_path: Path, name: str, content: bytes, pattern: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CalibrationError, match=pattern):
+        read_documents(tmp_path / name)
+
+
+def test_missing_files_and_directories(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="does not exist"):
+        read_documents(tmp_path / "none.txt")
+    with pytest.raises(StorageError, match="cannot read"):
+        read_documents(tmp_path)
+
+
+def test_pairs(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "reference": "b"}\n')
+    assert read_pairs(file) == [("a", "b")]
+    file.write_text('{"prompt": "a"}\n')
+    with pytest.raises(CalibrationError, match=r"record 1 of .* is no pair"):
+        read_pairs(file)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama: Path) -> Any:
+    return load_tokenizer(llama)
+
+
+@pytest.mark.parametrize(("samples", "length"), [(3, 16), (5, 40), (1, 128)])
+def test_calibration_samples_are_packed(tokenizer: Any, samples: int, length: int) -> None:
+    documents = ["a", "a small model " * 40, "reads many words", "x" * 300]
+    windows = calibration_windows(documents, tokenizer, samples=samples, length=length, seed=0)
+    assert windows.shape == (samples, length)
+    assert set(windows[:, 0].tolist()) == {tokenizer.bos_token_id}
+
+
+def test_no_token_is_dropped_for_its_document_being_short_or_long(tokenizer: Any) -> None:
+    documents = ["a", "a small model " * 40, "words"]
+    windows = calibration_windows(documents, tokenizer, samples=1000, length=32, seed=0)
+    found = Counter(windows[:, 1:].flatten().tolist())
+    for document in documents:
+        for token, count in Counter(tokenizer(document).input_ids).items():
+            assert found[token] >= count
+
+
+def test_the_seed_orders_the_documents(tokenizer: Any) -> None:
+    documents = [f"document {number}" for number in range(50)]
+    one, again, other = (
+        calibration_windows(documents, tokenizer, samples=4, length=16, seed=seed) for seed in (1, 1, 2)
+    )
+    assert one.equal(again)
+    assert not one.equal(other)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 8), (16, 1), (16, 15), (9, 4), (400, 200)])
+def test_every_token_is_scored_once(tokenizer: Any, length: int, stride: int) -> None:
+    documents = ["a small model reads many words " * 5, "a", "b " * 15]
+    windows = scored_windows(documents, tokenizer, length=length, stride=stride)
+    for number, document in enumerate(documents):
+        tokens = tokenizer(document).input_ids
+        scored = [t for w in windows if w.document == number for t in w.tokens[w.first :]]
+        assert scored == tokens[1:]
+    assert max(len(window.tokens) for window in windows) <= length
+    assert all(window.tokens[0] == tokenizer.bos_token_id for window in windows)
+    later = [w for before, w in itertools.pairwise(windows) if before.document == w.document]
+    assert all(len(w.tokens) - w.first <= stride for w in later)
+
+
+def test_a_text_without_a_token_to_score(tokenizer: Any) -> None:
+    with pytest.raises(CalibrationError, match="no token to score"):
+        scored_windows([""], tokenizer, length=16, stride=8)
+
+
+def test_the_opening_token_is_the_tokenizers_own_choice(tokenizer: Any) -> None:
+    assert opening_token(tokenizer) == tokenizer.bos_token_id
+    # babyllama's tokenizer names a BOS token; whether it sets one is what counts
+    other = load_tokenizer(shared("models", "babyllama-105"))
+    assert (opening_token(other) is not None) == (other("a").input_ids[0] == other.bos_token_id)
