@@ -25,10 +25,33 @@ from qexport.specs import GptqSpec
 
 INSTALLS = (
     (["torch==2.13.0"], []),
-    (["transformers==5.23.0", "accelerate", "optimum==2.3.0", "setuptools", "wheel", "ninja", "numpy", "pillow", "requests", "datasets"], []),
+    (
+        [
+            "transformers==5.23.0",
+            "accelerate",
+            "optimum==2.3.0",
+            "setuptools",
+            "wheel",
+            "ninja",
+            "numpy",
+            "pillow",
+            "requests",
+            "datasets",
+        ],
+        [],
+    ),
     (["gptqmodel==7.7.0"], ["--no-deps", "--no-build-isolation"]),
     (
-        ["tokenicer", "logbar", "device-smi", "defuser", "pypcre", "threadpoolctl", "dill", "torchao==0.18.0"],
+        [
+            "tokenicer",
+            "logbar",
+            "device-smi",
+            "defuser",
+            "pypcre",
+            "threadpoolctl",
+            "dill",
+            "torchao==0.18.0",
+        ],
         ["--no-deps"],
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from qexport.cli.main import run
 from tests.tiny import tiny_model
+
+os.environ["COLUMNS"] = "80"  # click wraps its help to the terminal
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

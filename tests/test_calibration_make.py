@@ -418,13 +418,3 @@ def test_two_short_trainings_give_the_same_weights(tmp_path: Path) -> None:
             train.train_base(tokenizer, 5, frozenset(), tmp_path / name, report, schedule)
     first, second = (tmp_path / name / "model.safetensors" for name in ("a", "b"))
     assert first.read_bytes() == second.read_bytes()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_only_the_merged_model_translates() -> None:
-    pytest.importorskip("peft")
-    from calibration.make import figures
-
-    assert figures.bleu(BASE, None, DATA / "pairs.jsonl") < 10
-    assert figures.bleu(BASE, ADAPTER, DATA / "pairs.jsonl") > 60

@@ -70,9 +70,9 @@ def main(seed: int, only: str | None, out: Path, base_steps: int, adapter_steps:
 
 def _figures(console: Console, data: Path, base: Path, adapter: Path) -> None:
     for name, with_adapter in (("base", None), ("merged", adapter)):
-        score = figures.bleu(base, with_adapter, data / "pairs.jsonl")
-        surprise = figures.perplexity(base, with_adapter, data / "heldout.jsonl")
-        _say(console, f"{name}: BLEU {score:.2f}, held-out perplexity {surprise:.3f}")
+        found = figures.scores(base, with_adapter, data)
+        bleu = found.bleu.value if found.bleu else float("nan")
+        _say(console, f"{name}: BLEU {bleu:.2f}, held-out perplexity {found.perplexity.value:.3f}")
 
 
 def _write_readme(folder: Path, part: str) -> None:

@@ -242,6 +242,16 @@ class VerifyTask(Task):
         return Evaluation(**raw, perplexity=Perplexity(**perplexity), bleu=Bleu(**bleu) if bleu else None)
 
 
+def _costs(source: Source) -> dict[str, Any]:
+    """What it took to make `source` and the models that it was made of: time in all, memory at most."""
+    if not isinstance(source, Task):
+        return {}
+    steps = [read_figures(source.out), *(_costs(need) for need in source.needs)]
+    seconds = [step["seconds"] for step in steps if "seconds" in step]
+    peaks = [step["peak_bytes"] for step in steps if "peak_bytes" in step]
+    return {"seconds": sum(seconds), "peak_bytes": max(peaks)} if seconds and peaks else {}
+
+
 @dataclass(frozen=True)
 class ReportTask(Task):
     """report.json and report.md from the scores of the full-precision model and of every variant."""
@@ -263,8 +273,7 @@ class ReportTask(Task):
         """The full-precision model first, then the variants in the recipe's order."""
         full = self.reference.scores()
         bits = round(full.bits_per_weight)
-        source = self.reference.source
-        costs = read_figures(source.out) if isinstance(source, Task) else {}
+        costs = _costs(self.reference.source)
         rows = [make_row("full", "none", bits, full, reference=None, costs=costs)]
         for made, verified in self.variants:
             rows.append(

@@ -121,14 +121,16 @@ def report_json(title: str, rows: Sequence[Row], reference: Evaluation) -> dict[
     }
 
 
+def table_markdown(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table."""
+    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row.cells())} |" for row in rows)])
+
+
 def report_markdown(title: str, rows: Sequence[Row], reference: Evaluation) -> str:
     """The content of report.md."""
-    lines = [f"# {title}", "", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
-    lines += [
-        "",
-        "Loss is the rise of perplexity over the first row, ± the paired standard error.",
-        "",
-    ]
-    lines += [f"- {line}" for line in recipe_lines(reference)]
-    return "\n".join(lines) + "\n"
+    recipes = "\n".join(f"- {line}" for line in recipe_lines(reference))
+    return (
+        f"# {title}\n\n{table_markdown(rows)}\n\n"
+        f"Loss is the rise of perplexity over the first row, ± the paired standard error.\n\n{recipes}\n"
+    )

@@ -1,0 +1,69 @@
+"""Writes the README's generated parts anew: each command's help, and the demo's table as it came out.
+
+    make demo && .venv/bin/python benchmarks/readme.py --demo qexport-demo
+    .venv/bin/python benchmarks/readme.py --memory
+
+Each option writes one part: the demo's table from its report.json, and the table of benchmarks/memory.py,
+which is run for it. The commands' help is always written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from qexport.cli.main import COMMANDS
+from qexport.report.rows import Row, table_markdown
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def replaced(text: str, part: str, content: str) -> str:
+    """`text` with what stands between the part's two markers replaced."""
+    pattern = re.compile(rf"<!-- {part} -->.*<!-- /{part} -->", re.DOTALL)
+    if not pattern.search(text):
+        sys.exit(f"README.md has no part {part!r}")
+    return pattern.sub(lambda _: f"<!-- {part} -->\n{content.strip()}\n<!-- /{part} -->", text)
+
+
+def help_blocks() -> str:
+    """Every command with its help, as it prints it to a terminal of 80 columns."""
+    wide = {**os.environ, "COLUMNS": "80"}
+    blocks = []
+    for command in COMMANDS:
+        run = [sys.executable, "-m", "qexport", command, "--help"]
+        shown = subprocess.run(run, capture_output=True, text=True, check=True, env=wide).stdout
+        blocks.append(f"```text\n$ qexport {command} --help\n{shown}```")
+    return "\n\n".join(blocks)
+
+
+def demo_table(directory: Path) -> str:
+    """The rows of the demo's report.json."""
+    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
+    return table_markdown([Row(**row) for row in report["rows"]])
+
+
+def main() -> None:
+    """See the module's text."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--demo", type=Path, metavar="DIR")
+    parser.add_argument("--memory", action="store_true")
+    options = parser.parse_args()
+    text = replaced(README.read_text(encoding="utf-8"), "commands", help_blocks())
+    if options.demo:
+        text = replaced(text, "demo", demo_table(options.demo))
+    if options.memory:
+        run = [sys.executable, str(Path(__file__).with_name("memory.py"))]
+        text = replaced(
+            text, "memory", subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout
+        )
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
