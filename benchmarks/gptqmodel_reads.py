@@ -23,7 +23,7 @@ import qexport
 from qexport.packaged import embedded_adapter, embedded_base
 from qexport.specs import GptqSpec
 
-INSTALLS = (
+INSTALLS: tuple[tuple[list[str], list[str]], ...] = (
     (["torch==2.13.0"], []),
     (
         [
@@ -77,7 +77,7 @@ def environment(directory: Path) -> Path:
     if not python.exists():
         venv.create(directory, with_pip=True)
         for packages, options in INSTALLS:
-            command = [python, "-m", "pip", "install", "--quiet", *options, *packages]
+            command = [str(python), "-m", "pip", "install", "--quiet", *options, *packages]
             subprocess.run(command, check=True, env={**os.environ, "BUILD_CUDA_EXT": "0"})
     return python
 
@@ -110,7 +110,7 @@ def main() -> None:
             qexport.quantize(model, out, spec)
             logits = work / f"{bits}.pt"
             ran = subprocess.run(
-                [python, "-c", LOAD, out, work / "ids.json", logits],
+                [str(python), "-c", LOAD, str(out), str(work / "ids.json"), str(logits)],
                 capture_output=True,
                 text=True,
                 env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2", "PYTHONPATH": ""},

@@ -93,7 +93,7 @@ def make_model(directory: Path, depth: int) -> None:
         directory,
         infos,
         config=config,
-        recipe=Recipe("synthetic", {"depth": depth}, {}),
+        recipe=lambda: Recipe("synthetic", {"depth": depth}, {}),
         max_shard_size=500_000_000,
         sidecars_from=embedded_base(),
     ) as writer:
@@ -130,7 +130,8 @@ def main() -> None:
             sizes.append(format_size(qexport.open_checkpoint(base).weights_size))
             for step, (out, code) in STEPS.items():
                 script = RUN.replace("STEP", code)
-                command = [sys.executable, "-c", script, base, adapter, work / f"{out}{depth}"]
+                paths = (base, adapter, work / f"{out}{depth}")
+                command = [sys.executable, "-c", script, *map(str, paths)]
                 ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
                 seconds, peak = json.loads(ran.stdout.splitlines()[-1])
                 results[step].append((seconds, peak))

@@ -84,7 +84,7 @@ def quantize(
             out,
             job.infos,
             config={**checkpoint.config, "quantization_config": job.quantization_config},
-            recipe=quantize_recipe(path, spec),
+            recipe=lambda: quantize_recipe(path, spec),
             max_shard_size=spec.max_shard_size,
             sidecars_from=path,
             overwrite=overwrite,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 _UNITS = {
     "": 1,
@@ -32,9 +33,11 @@ def parse_size(text: str | int) -> int:
         unit += "B"
     if match is None or unit not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write it as 5GB, 500MB or 2GiB")
-    size = int(float(match.group(1)) * _UNITS[unit])
+    size = int(Fraction(match.group(1)) * _UNITS[unit])
     if size <= 0:
         raise ValueError(f"a size must be positive, not {text!r}")
+    if size >= 1 << 63:
+        raise ValueError("a size of more than 2^63 bytes is none")
     return size
 
 

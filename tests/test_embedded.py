@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from sacrebleu import corpus_bleu
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import qexport
 from qexport.calibrate.texts import read_pairs
@@ -21,6 +22,7 @@ from qexport.report.rows import Row
 from qexport.results import Evaluation
 from qexport.specs import VerifySpec
 from qexport.verification.perplexity import relative_difference
+from tests.tiny import in_transformers
 
 
 def test_the_base_is_small_and_fits_every_grid() -> None:
@@ -66,9 +68,9 @@ def test_the_merge_shows(demo: ExportResult) -> None:
 
 @pytest.mark.slow
 def test_the_answers_are_those_of_transformers_with_the_adapter_on(demo: ExportResult) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(embedded_base())
-    base = AutoModelForCausalLM.from_pretrained(embedded_base(), dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, embedded_adapter())
+    tokenizer: Any = AutoTokenizer.from_pretrained(embedded_base())
+    base = in_transformers(embedded_base(), dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base, str(embedded_adapter()))
     pairs = read_pairs(heldout_pairs())[:40]
     chats = [[{"role": "user", "content": prompt}] for prompt, _ in pairs]
     inputs = tokenizer.apply_chat_template(

@@ -12,24 +12,23 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import qexport
 from qexport.errors import AdapterError, NonFiniteError, UnsafeFileError, UnsupportedModelError
 from qexport.merging.lora import lora_scale, merge_lora
 from qexport.specs import BnbSpec, MergeSpec
 from tests.conftest import RunCli, shared
-from tests.tiny import edit_json, edit_weights, logits, tiny_adapter, tiny_model, tokens
+from tests.tiny import edit_json, edit_weights, in_transformers, logits, tiny_adapter, tiny_model, tokens
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def with_adapters(base: Path, *adapters: Path) -> torch.Tensor:
     """Logits in fp32 with the adapters on, unmerged."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = in_transformers(base, dtype=torch.float32)
     if len(adapters) == 1:
         return logits(PeftModel.from_pretrained(model, adapters[0]), tokens())
-    adapted = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
+    adapted: Any = PeftModel.from_pretrained(model, adapters[0], adapter_name="0")
     for number, adapter in enumerate(adapters[1:], start=1):
         adapted.load_adapter(adapter, adapter_name=str(number))
     adapted.base_model.set_adapter([str(number) for number in range(len(adapters))])
@@ -37,8 +36,7 @@ def with_adapters(base: Path, *adapters: Path) -> torch.Tensor:
 
 
 def merged(out: Path) -> torch.Tensor:
-    model, loading = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
-    assert not any(loading.values())
+    model = in_transformers(out, dtype=torch.float32)
     return logits(model, tokens())
 
 
@@ -56,10 +54,10 @@ def merged(out: Path) -> torch.Tensor:
 def test_merged_is_adapter_on(tmp_path: Path, options: dict[str, Any], tied: bool) -> None:
     base = tiny_model(tmp_path / "base", dtype=torch.float32, tied=tied)
     adapter = tiny_adapter(tmp_path / "adapter", base, **options)
-    qexport.merge(base, [adapter], tmp_path / "out", MergeSpec(max_shard_size="200KB"))  # type: ignore[arg-type]
+    qexport.merge(base, [adapter], tmp_path / "out", MergeSpec(max_shard_size="200KB"))
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     expected = with_adapters(base, adapter)
-    assert (expected - logits(AutoModelForCausalLM.from_pretrained(base), tokens())).abs().max() > 0.1
+    assert (expected - logits(in_transformers(base), tokens())).abs().max() > 0.1
     torch.testing.assert_close(merged(tmp_path / "out"), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import qexport
 from qexport.errors import NotACheckpointError, UnsupportedModelError
@@ -14,7 +13,7 @@ from qexport.modeling.blocks import BlockStream
 from qexport.modeling.skeleton import build_skeleton
 from qexport.modeling.whole import load_whole
 from tests.conftest import shared
-from tests.tiny import edit_json, logits, tiny_model, tokens
+from tests.tiny import edit_json, in_transformers, logits, tiny_model, tokens
 
 
 def streamed(path: Path, batches: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -27,7 +26,7 @@ def streamed(path: Path, batches: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def reference(path: Path, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model = in_transformers(path, dtype=torch.float32)
     return [logits(model, batch) for batch in batches]
 
 
@@ -63,7 +62,7 @@ def test_nothing_stays_in_memory(llama: Path) -> None:
 def test_the_input_of_an_inner_layer(llama: Path) -> None:
     stream = BlockStream(build_skeleton(llama), qexport.open_checkpoint(llama))
     hidden = stream.embed([tokens()])[0]
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model = in_transformers(llama, dtype=torch.float32)
     seen: list[torch.Tensor] = []
     layer = model.model.layers[0].mlp.down_proj
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))

@@ -7,11 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes as bnb
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 import qexport
 from qexport.calibrate.texts import read_documents
@@ -23,8 +22,9 @@ from qexport.modeling.tokenizer import load_tokenizer
 from qexport.modeling.whole import load_whole
 from qexport.specs import AnyQuantizeSpec, BnbSpec, GptqSpec, RtnSpec
 from tests.conftest import RunCli
-from tests.tiny import edit_weights, logits, tiny_model, tokens
+from tests.tiny import edit_weights, in_transformers, logits, tiny_model, tokens
 
+bnb: Any = bitsandbytes
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
@@ -42,8 +42,7 @@ def test_bnb_is_what_transformers_and_bitsandbytes_load(tmp_path: Path, bits: in
     # from 32 bits, so that bitsandbytes' own decoder rounds to 32 bits and equality is exact
     model = tiny_model(tmp_path / "model", dtype=torch.float32)
     qexport.quantize(model, tmp_path / "out", BnbSpec.model_validate({"bits": bits}))
-    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(loading.values())
+    theirs = in_transformers(tmp_path / "out")
     ours = qexport.open_checkpoint(tmp_path / "out")
     compared = 0
     for name, module in theirs.named_modules():
@@ -65,14 +64,13 @@ def test_bnb_is_what_transformers_and_bitsandbytes_load(tmp_path: Path, bits: in
 def test_bnb_bytes_are_those_that_transformers_writes(llama: Path, tmp_path: Path, bits: int) -> None:
     from transformers import BitsAndBytesConfig
 
+    settings: Any = BitsAndBytesConfig
     config = (
-        BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        settings(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         if bits == 4
-        else BitsAndBytesConfig(load_in_8bit=True)
+        else settings(load_in_8bit=True)
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        llama, quantization_config=config, device_map="cpu", dtype=torch.float16
-    )
+    model = in_transformers(llama, quantization_config=config, device_map="cpu", dtype=torch.float16)
     model.save_pretrained(tmp_path / "theirs")
     qexport.quantize(llama, tmp_path / "ours", BnbSpec.model_validate({"bits": bits}))
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
@@ -143,7 +141,7 @@ def test_the_same_recipe_gives_the_same_bytes(llama: Path, text: Path, tmp_path:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_llama_like_architectures(model_type: str, text: Path, tmp_path: Path) -> None:
-    extra = {"head_dim": 32} if model_type in ("qwen3", "mistral") else {}
+    extra: dict[str, Any] = {"head_dim": 32} if model_type in ("qwen3", "mistral") else {}
     model = tiny_model(tmp_path / "model", model_type=model_type, tied=False, **extra)
     spec = GptqSpec(calibration=str(text), samples=4, sequence_length=32)
     for chosen in (spec, RtnSpec(bits=8), BnbSpec()):
@@ -179,7 +177,7 @@ def test_widths_that_the_layout_cannot_hold_stay_as_they_were(text: Path, tmp_pa
     assert any("6 of 14 linear layers stay in full precision" in str(note) for note in notes)
     # bitsandbytes' CPU kernels refuse 172 outputs, and misread 172 inputs (no whole blocks of 64)
     assert len(qexport.quantize(model, tmp_path / "bnb", BnbSpec()).layers_left) == 6
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "bnb")
+    theirs = in_transformers(tmp_path / "bnb")
     assert relative_error(logits(theirs, tokens()), logits(decoded(tmp_path / "bnb"), tokens())) < 0.03
 
 

@@ -168,24 +168,29 @@ def test_a_shape_of_many_sides_costs_no_time(tmp_path: Path) -> None:
     assert time.process_time() - begun < 2, "the product of all sides is longer than the file"
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_damaged_bytes_never_raise_anything_else(tmp_path: Path, seed: int) -> None:
-    """A sound file with a few bytes changed or cut off is either read or refused."""
+    """A sound file with one byte changed, and sometimes cut off, is either read or refused."""
     sound = header_bytes([TensorInfo("a", torch.float32, (3,)), TensorInfo("b", torch.int8, (5,))]) + bytes(
         17
     )
     path = tmp_path / "model.safetensors"
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(50):
+    read = refused = 0
+    for _ in range(100):
         raw = bytearray(sound)
-        for place in torch.randint(0, len(raw), (3,), generator=generator).tolist():
-            raw[place] = int(torch.randint(0, 256, (1,), generator=generator))
-        path.write_bytes(raw[: int(torch.randint(1, 2 * len(raw), (1,), generator=generator))])
+        place, byte, end = torch.randint(0, 4 * len(raw), (3,), generator=generator).tolist()
+        raw[place % len(raw)] = byte % 256
+        path.write_bytes(raw[:end])
         try:
             tensors = read_header(path)[0]
         except CorruptFileError:
-            continue
-        assert sum(read_tensor(tensor).nbytes for tensor in tensors.values()) == 17
+            refused += 1
+        else:
+            read += 1
+            assert sum(read_tensor(tensor).nbytes for tensor in tensors.values()) == 17
+    assert min(read, refused) > 0
+    assert read + refused == 100
 
 
 def test_a_file_cut_off_after_its_header_was_read(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from sacrebleu import corpus_bleu
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import qexport
 import qexport.errors
@@ -20,7 +20,7 @@ from qexport.specs import BnbSpec, RtnSpec, VerifySpec
 from qexport.verification.bleu import bleu, greedy_answers
 from qexport.verification.perplexity import relative_difference, summarize
 from tests.conftest import RunCli, shared
-from tests.tiny import edit_weights, tiny_model
+from tests.tiny import edit_weights, in_transformers, tiny_model
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
@@ -28,7 +28,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize(("window", "stride"), [(128, 64), (32, 16), (32, 5)])
 def test_perplexity_is_that_of_transformers(llama: Path, text: Path, window: int, stride: int) -> None:
     found = qexport.evaluate(llama, VerifySpec(text=str(text), window=window, stride=stride)).perplexity
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model = in_transformers(llama, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(llama)
     total, count = 0.0, 0
     for document in read_documents(text):  # one token at a time over the same context rule, unbatched
@@ -80,7 +80,7 @@ def test_bleu_is_sacrebleus_own() -> None:
 
 
 def test_answers_do_not_depend_on_the_batch(llama: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    model = in_transformers(llama, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(llama)
     prompts = ["a", "a small model reads", "many words and many more words to read", "x"]
     one, together = (
@@ -101,7 +101,7 @@ def test_tensors_that_are_not_as_they_should_be(llama: Path, text: Path, tmp_pat
     weight = qexport.open_checkpoint(llama).read(f"{Q_PROJ}.weight")
     nan = weight.clone()
     nan[0, 0] = torch.nan
-    cases = {
+    cases: dict[str, tuple[dict[str, torch.Tensor | None], str]] = {
         "missing": ({"model.norm.weight": None}, r"1 tensors missing \(model.norm.weight\)"),
         "unexpected": ({"model.extra.weight": weight}, r"1 tensors unexpected \(model.extra.weight\)"),
         "shape": (

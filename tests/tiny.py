@@ -34,9 +34,8 @@ def tiny_tokenizer(directory: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )
+    kind: Any = PreTrainedTokenizerFast
+    fast = kind(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.chat_template = TEMPLATE
     fast.save_pretrained(directory)
 
@@ -67,7 +66,8 @@ def tiny_model(
         "initializer_range": 0.2,
     }
     config = CONFIG_MAPPING[model_type](**{**values, **overrides})
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    kind: Any = AutoModelForCausalLM
+    model = kind.from_config(config, dtype=dtype)
     model.save_pretrained(directory)
     tiny_tokenizer(directory)
     (directory / "LICENSE").write_text("Apache-2.0\n")
@@ -104,7 +104,7 @@ def tiny_adapter(
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = in_transformers(base, dtype=torch.float32)
     config = LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": list(modules), "task_type": "CAUSAL_LM", **options}
     )
@@ -112,8 +112,16 @@ def tiny_adapter(
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    adapted.save_pretrained(directory)
+    adapted.save_pretrained(str(directory))
     return directory
+
+
+def in_transformers(path: Path, **options: Any) -> Any:
+    """transformers' own model; every tensor of it must have come from the files, and none be left over."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    model, loading = loaded
+    assert not any(loading.values()), loading
+    return model.eval()
 
 
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qexport.errors import CalibrationError, StorageError
+from qexport.checkpoint.disk import exists, read_errors
+from qexport.errors import CalibrationError
 
 _SEPARATOR = "<|endoftext|>"  # between documents in plain text, as TinyStories and others have it
 
@@ -29,14 +30,13 @@ def read_documents(path: Path) -> list[str]:
 
 def read_text(path: Path) -> str:
     """The file's text as UTF-8."""
+    if not exists(path):
+        raise CalibrationError(f"{path} does not exist")
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CalibrationError(f"{path} does not exist") from None
+        with read_errors(path):
+            return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text: {error.reason}") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _records(content: str, path: Path) -> list[tuple[int, Any]]:

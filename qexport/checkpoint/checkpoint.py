@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from qexport.checkpoint.disk import exists, is_file, read_errors
 from qexport.checkpoint.safetensors_file import StoredTensor, iter_values, read_header, read_tensor
 from qexport.checkpoint.sharding import INDEX_FILE, SINGLE_FILE
 from qexport.checkpoint.tensors import TensorInfo
@@ -19,7 +20,6 @@ from qexport.errors import (
     CorruptFileError,
     InputError,
     NotACheckpointError,
-    StorageError,
     UnsafeFileError,
 )
 
@@ -111,12 +111,14 @@ class Checkpoint:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; CorruptFileError when it is anything else."""
-    try:
+    with read_errors(path):
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise CorruptFileError(f"{path} has {path.stat().st_size} bytes, too many for JSON")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        raw = path.read_bytes()
+    try:
+        content = json.loads(raw.decode("utf-8"))
+        if rb"\ud" in raw.lower():  # half of a surrogate pair is JSON, but no text
+            json.dumps(content, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -129,12 +131,12 @@ def open_directory(path: Path) -> Checkpoint:
 
     Raises CheckpointNotFoundError, NotACheckpointError, CorruptFileError or UnsafeFileError.
     """
-    if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
+    if not exists(path) or not path.is_dir():
+        found = "is a file" if exists(path) else "does not exist"
         raise CheckpointNotFoundError(
             f"{path} {found}", expected="a model is a directory with config.json and safetensors"
         )
-    if not (path / CONFIG_FILE).is_file():
+    if not is_file(path / CONFIG_FILE):
         if (path / "adapter_config.json").is_file():
             raise NotACheckpointError(
                 f"{path} is an adapter, not a model",
@@ -152,10 +154,14 @@ def open_directory(path: Path) -> Checkpoint:
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    if (path / INDEX_FILE).is_file():
+    # in transformers' order: a single file counts before an index
+    if is_file(path / SINGLE_FILE):
+        tensors = read_header(path / SINGLE_FILE)[0]
+        if not tensors:
+            raise NotACheckpointError(f"{path / SINGLE_FILE} holds no tensor")
+        return tensors
+    if is_file(path / INDEX_FILE):
         return _indexed_tensors(path)
-    if (path / SINGLE_FILE).is_file():
-        return read_header(path / SINGLE_FILE)[0]
     pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
     if pickles:
         raise UnsafeFileError(
@@ -191,7 +197,7 @@ def _indexed_tensors(path: Path) -> dict[str, StoredTensor]:
                 f"{index} places {name!r} in {file!r}", expected="qexport reads safetensors only"
             )
         if file not in files:
-            if not (path / file).is_file():
+            if not is_file(path / file):
                 raise CorruptFileError(
                     f"{index} names {file}, which is not there", remedy="download it again"
                 )
@@ -235,8 +241,13 @@ def local_path(source: str | Path) -> Path | None:
     text = str(source)
     if not text.strip():
         raise InputError("the model's name is empty", expected="a directory or a Hub id")
-    if Path(text).exists() or isinstance(source, Path):
+    if exists(Path(text)) or isinstance(source, Path):
         return Path(text)
     parts = text.split("/")
     looks_local = text.startswith((".", "/", "~")) or len(parts) > 2 or not all(parts)
-    return Path(text).expanduser() if looks_local else None
+    if not looks_local:
+        return None
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)

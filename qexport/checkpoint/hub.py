@@ -5,20 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from qexport.checkpoint.checkpoint import local_path
+from qexport.checkpoint.sidecars import PATTERNS
 from qexport.errors import CheckpointNotFoundError
 
-# Weights in one form only, and what belongs to a tokenizer or a config; never a pickle.
-MODEL_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-]
+# Weights in one form only, configs, and what is carried along; never a pickle.
+MODEL_FILES = ["*.safetensors", "*.json", *PATTERNS]
 
 
 def resolve(source: str | Path) -> Path:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from qexport.checkpoint.checkpoint import CONFIG_FILE, read_json
+from qexport.checkpoint.disk import read_errors
 from qexport.checkpoint.sharding import INDEX_FILE
 from qexport.checkpoint.sidecars import sidecar_files
-from qexport.checkpoint.staging import storage_errors, write_file_atomically
+from qexport.checkpoint.staging import write_file_atomically
 from qexport.errors import QexportError
 from qexport.version import __version__
 
@@ -80,7 +81,7 @@ def installed_versions() -> dict[str, str]:
 
 def file_hash(path: Path) -> str:
     """sha256 of a file's content, remembered within this process by path, size and time."""
-    with storage_errors(path):
+    with read_errors(path):
         state = path.stat()
         key = (str(path.resolve()), state.st_size, state.st_mtime_ns)
         if key not in _hashes:
@@ -94,7 +95,8 @@ def file_hash(path: Path) -> str:
 
 def content_files(directory: Path) -> list[Path]:
     """The files of a model or adapter that matter to what is made of it, relative and sorted."""
-    weights = {file.relative_to(directory) for file in directory.glob("*.safetensors")}
+    found = (file for file in directory.glob("*.safetensors") if file.is_file())
+    weights = {file.relative_to(directory) for file in found}
     configs = {
         Path(name)
         for name in (CONFIG_FILE, INDEX_FILE, "adapter_config.json")
@@ -118,7 +120,7 @@ def record_files(directory: Path) -> dict[str, FileRecord]:
     return {
         file.relative_to(directory).as_posix(): FileRecord(file.stat().st_size, file_hash(file))
         for file in sorted(directory.rglob("*"))
-        if file.is_file() and file.name not in (MANIFEST_FILE, ".lock")
+        if file.is_file() and file.name != MANIFEST_FILE
     }
 
 
@@ -128,8 +130,7 @@ def stands(directory: Path, key: str) -> bool:
         manifest = read_json(directory / MANIFEST_FILE)
         records = manifest["files"]
         return manifest["key"] == key and all(
-            Path(name).name == Path(name).parts[-1]
-            and (directory / name).stat().st_size == record["size"]
+            (directory / name).stat().st_size == record["size"]
             and file_hash(directory / name) == record["sha256"]
             for name, record in records.items()
         )

@@ -42,7 +42,7 @@ def shard(
         Path(out),
         infos,
         config=checkpoint.config,
-        recipe=shard_recipe(path, spec),
+        recipe=lambda: shard_recipe(path, spec),
         max_shard_size=spec.max_shard_size,
         sidecars_from=path,
         overwrite=overwrite,

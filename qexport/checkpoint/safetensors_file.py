@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ from typing import Any
 
 import torch
 
+from qexport.checkpoint.disk import read_errors
 from qexport.checkpoint.tensors import DTYPE_NAMES, DTYPES, TensorInfo
-from qexport.errors import CorruptFileError, StorageError
+from qexport.errors import CorruptFileError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+_MAX_NATURAL = 1 << 63
+_MAX_SIDES = 64  # torch's own limit
 _REMEDY = "download or write the file again"
 
 
@@ -48,18 +52,15 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     def corrupt(found: str) -> CorruptFileError:
         return CorruptFileError(f"{path} is not a whole safetensors file: {found}", remedy=_REMEDY)
 
-    try:
-        with path.open("rb") as file:
-            file_size = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise corrupt(f"it has {file_size} bytes, fewer than its length field")
-            length = int.from_bytes(prefix, "little")
-            if length > min(file_size - 8, MAX_HEADER_BYTES):
-                raise corrupt(f"its header claims {length} bytes, the file has {file_size}")
-            raw = file.read(length)
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    with read_errors(path), path.open("rb") as file:
+        file_size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise corrupt(f"it has {file_size} bytes, fewer than its length field")
+        length = int.from_bytes(prefix, "little")
+        if length > min(file_size - 8, MAX_HEADER_BYTES):
+            raise corrupt(f"its header claims {length} bytes, the file has {file_size}")
+        raw = file.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
         if not isinstance(header, dict):
@@ -68,8 +69,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         raise corrupt(f"its header is not the JSON it should be ({error})") from error
 
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict):
-        raise corrupt("its metadata is not an object")
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise corrupt("its metadata is not an object of texts")
     data_start = 8 + length
     tensors: list[StoredTensor] = []
     for name, entry in header.items():
@@ -78,7 +79,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     end = data_start
     for tensor in tensors:
         if tensor.offset != end:
-            raise corrupt(f"tensor {tensor.name!r} begins at {tensor.offset}, expected {end}")
+            raise corrupt(f"tensor {reprlib.repr(tensor.name)} begins at {tensor.offset}, expected {end}")
         end += tensor.size
     if end != file_size:
         raise corrupt(f"its tensors end at byte {end}, the file has {file_size}")
@@ -87,21 +88,29 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 
 def _stored_tensor(name: str, entry: Any, path: Path, data_start: int, corrupt: Any) -> StoredTensor:
     def natural(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_NATURAL
 
+    shown = reprlib.repr(name)  # what stands in a hostile file may be of any length
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise corrupt(f"the name {shown} is no text") from None
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise corrupt(f"the entry of {name!r} is not dtype, shape and data_offsets")
+        raise corrupt(f"the entry of {shown} is not dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise corrupt(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    if not isinstance(shape, list) or not all(natural(side) for side in shape):
-        raise corrupt(f"tensor {name!r} has the impossible shape {shape!r}")
+        raise corrupt(f"tensor {shown} has the unknown dtype {reprlib.repr(dtype)}")
+    if not isinstance(shape, list) or len(shape) > _MAX_SIDES or not all(map(natural, shape)):
+        raise corrupt(f"tensor {shown} has an impossible shape")
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(natural, offsets))):
-        raise corrupt(f"tensor {name!r} has the impossible offsets {offsets!r}")
+        raise corrupt(f"tensor {shown} has impossible offsets")
+    # the sides' product, a zero among them left aside, must be a size too: torch would overflow
+    if math.prod(side for side in shape if side) * DTYPES[dtype].itemsize >= _MAX_NATURAL:
+        raise corrupt(f"tensor {shown} has an impossible shape")
     begin, end = offsets
     expected = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != expected:
-        raise corrupt(f"tensor {name!r} has {end - begin} bytes, its shape needs {expected}")
+        raise corrupt(f"tensor {shown} has {end - begin} bytes, its shape needs {expected}")
     return StoredTensor(name, DTYPES[dtype], tuple(shape), path, data_start + begin)
 
 
@@ -109,7 +118,7 @@ def read_bytes(tensor: StoredTensor) -> bytearray:
     """The tensor's bytes as they stand in the file."""
     buffer = bytearray(tensor.size)
     view = memoryview(buffer)
-    try:
+    with read_errors(tensor.file):
         descriptor = os.open(tensor.file, os.O_RDONLY)
         try:
             done = 0
@@ -122,8 +131,6 @@ def read_bytes(tensor: StoredTensor) -> bytearray:
                 done += count
         finally:
             os.close(descriptor)
-    except OSError as error:
-        raise StorageError(f"cannot read {tensor.file}: {error.strerror}") from error
     return buffer
 
 

@@ -17,6 +17,7 @@ PATTERNS = (
     "additional_chat_templates/*.jinja",
     "chat_template.json",
     "generation_config.json",
+    "quantize_config.json",  # GPTQ's second config; a new quantization writes its own
     "preprocessor_config.json",
     "processor_config.json",
     "*.py",

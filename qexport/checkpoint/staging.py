@@ -2,48 +2,28 @@
 
 Work goes into a hidden directory beside the target (same file system, so that the last step is a
 rename). Whatever happens before that rename, an error, Ctrl-C, kill -9, leaves nothing under the
-target's name and the old content, if any, untouched.
+target's name and the old content, if any, untouched. A working directory is locked by its process; one
+whose lock is free was left by a process that died, and the next run into the same target removes it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from qexport.checkpoint.disk import write_errors
 from qexport.errors import OutputExistsError, StorageError
 from qexport.sizes import format_size
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_LOCK = ".lock"
-
-
-@contextlib.contextmanager
-def storage_errors(target: Path) -> Iterator[None]:
-    """Turns the operating system's refusals into one clear line about `target`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise StorageError(
-                f"no space left while writing {target}",
-                expected="nothing was written under that name",
-                remedy="free some space, or choose another place with -o",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(
-                f"no permission to write {error.filename or target}",
-                remedy="choose another place with -o",
-            ) from error
-        if error.errno is None:
-            raise
-        raise StorageError(f"cannot write {target}: {error.strerror}") from error
+_PARTIAL, _OLD, _NEW = "qexport-partial", "qexport-old", "qexport-new"
+_CONTENT = "content"
 
 
 class StagedDirectory:
@@ -54,16 +34,14 @@ class StagedDirectory:
 
     def __init__(self, target: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()) -> None:
         self.target = target
-        with storage_errors(target):
-            parent = target.absolute().parent
-            parent.mkdir(parents=True, exist_ok=True)
-            _restore_set_aside(target)
-            _check_target(target, overwrite, sources)
-            _remove_abandoned(target)
-            prefix = f".{target.name}.partial-"
-            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-            self._lock = os.open(self.path / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-            _try_lock(self._lock)
+        self._final = Path(os.path.abspath(target))  # noqa: PTH100 - lexical: `..` of a link is not followed
+        self._overwrite, self._sources = overwrite, sources
+        with write_errors(target):
+            self._made_parents = _make_parents(self._final.parent)
+            _restore_set_aside(self._final)
+            _check_target(target, self._final, overwrite, sources)
+            _remove_abandoned(self._final)
+            self.path, self._lock = _locked_directory(self._final, _PARTIAL)
 
     def __enter__(self) -> StagedDirectory:
         return self
@@ -74,9 +52,13 @@ class StagedDirectory:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._lock)
         if self.path.exists():
             shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.close(self._lock)
+        for parent in self._made_parents:  # the deepest first; one that holds anything stays
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
     def require_space(self, size: int) -> None:
         """Raises StorageError now rather than after an hour, when `size` bytes do not fit."""
@@ -89,50 +71,77 @@ class StagedDirectory:
 
     def commit(self) -> None:
         """Gives the directory its final name. The only step that a reader can see."""
-        with storage_errors(self.target):
-            (self.path / _LOCK).unlink()
-            # mkdtemp made it private; the finished model is as readable as any new directory
-            mask = os.umask(0)
-            os.umask(mask)
-            self.path.chmod(0o777 & ~mask)
+        # somebody may have put something there since
+        _check_target(self.target, self._final, self._overwrite, self._sources)
+        with write_errors(self.target):
+            self.path.chmod(0o777 & ~_umask())  # it was private while it grew
             _sync(self.path)
-            if self.target.exists():
-                aside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.old-", dir=self.path.parent))
-                self.target.rename(aside / "content")
-                try:
-                    self.path.rename(self.target)
-                except BaseException:
-                    (aside / "content").rename(self.target)
-                    raise
-                finally:
-                    if self.target.exists():
-                        shutil.rmtree(aside, ignore_errors=True)
+            if self._final.exists():
+                self._replace()
             else:
-                self.path.rename(self.target)
-            _sync(self.path.parent)
+                self.path.rename(self._final)
+            _sync(self._final.parent)
+
+    def _replace(self) -> None:
+        """The old content goes aside, the new takes its name; killed in between, the next run undoes it."""
+        aside, lock = _locked_directory(self._final, _OLD)
+        try:
+            self._final.rename(aside / _CONTENT)
+            try:
+                self.path.rename(self._final)
+            except BaseException:
+                (aside / _CONTENT).rename(self._final)
+                raise
+        finally:
+            if self._final.exists():
+                shutil.rmtree(aside, ignore_errors=True)
+            os.close(lock)
 
 
-def _check_target(target: Path, overwrite: bool, sources: Sequence[Path]) -> None:
-    resolved = target.resolve()
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Makes the missing directories above the target; those that were made, the deepest first."""
+    missing = []
+    while not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+    return missing
+
+
+def _check_target(target: Path, final: Path, overwrite: bool, sources: Sequence[Path]) -> None:
+    resolved, here = final.resolve(), Path.cwd()
     for source in sources:
         if resolved == source.resolve() or resolved in source.resolve().parents:
             raise OutputExistsError(
                 f"the output {target} is or holds the input {source}",
                 remedy="choose another place with -o",
             )
-    if not target.exists() and not target.is_symlink():
+    if resolved == here or resolved in here.parents:
+        raise OutputExistsError(
+            f"the output {target} is or holds the working directory",
+            expected="a directory that can be made, or replaced, as a whole",
+            remedy="choose another place with -o",
+        )
+    if not final.exists() and not final.is_symlink():
         return
-    if not target.is_dir():
+    if not final.is_dir():
         raise OutputExistsError(
             f"{target} is there already and is no directory", remedy="choose another place with -o"
         )
-    if not any(target.iterdir()):
+    if not any(final.iterdir()):
         return
     if not overwrite:
         raise OutputExistsError(
             f"{target} is there already", remedy="add --overwrite, or choose another place with -o"
         )
-    if target.is_symlink() or not any((target / name).is_file() for name in ("config.json", "qexport.json")):
+    if final.is_symlink() or not any((final / name).is_file() for name in ("config.json", "qexport.json")):
         raise OutputExistsError(
             f"{target} is no model directory",
             expected="--overwrite replaces models only, lest something else be lost",
@@ -140,8 +149,21 @@ def _check_target(target: Path, overwrite: bool, sources: Sequence[Path]) -> Non
         )
 
 
+def _locked_directory(final: Path, kind: str) -> tuple[Path, int]:
+    """A new directory beside the target, and the lock on it, which dies with this process.
+
+    It is locked under a name that no other run looks for, and then gets the one that they do.
+    """
+    made = Path(tempfile.mkdtemp(prefix=f".{final.name}.{_NEW}-", dir=final.parent))
+    lock = os.open(made, os.O_RDONLY)
+    _try_lock(lock)
+    path = made.with_name(made.name.replace(f".{_NEW}-", f".{kind}-"))
+    made.rename(path)
+    return path, lock
+
+
 def _try_lock(descriptor: int) -> bool:
-    """Takes the lock that dies with its process; False when another process holds it."""
+    """Takes the lock; False when a living process holds it."""
     try:
         import fcntl
     except ImportError:  # not on Windows: there, abandoned directories are left to the user
@@ -153,30 +175,34 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _siblings(target: Path, kind: str) -> list[Path]:
-    return sorted(target.absolute().parent.glob(f".{glob.escape(target.name)}.{kind}-*"))
-
-
-def _restore_set_aside(target: Path) -> None:
-    """Undoes a replacement that was killed between its two renames."""
-    for aside in _siblings(target, "old"):
-        if not target.exists() and (aside / "content").is_dir():
-            (aside / "content").rename(target)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Clears away what a killed run left beside the target: no living process holds its lock."""
-    for left in _siblings(target, "partial"):
+def _abandoned(final: Path, kind: str) -> Iterator[Path]:
+    """Directories of this kind beside the target whose process is gone; locked while they are handled."""
+    name = re.compile(rf"\.{re.escape(final.name)}\.{kind}-[a-z0-9_]{{8}}")
+    for left in sorted(final.parent.glob(f".{glob.escape(final.name)}.{kind}-*")):
+        if not name.fullmatch(left.name) or left.is_symlink():
+            continue
         try:
-            descriptor = os.open(left / _LOCK, os.O_RDWR)
+            descriptor = os.open(left, os.O_RDONLY)
         except OSError:
             continue
         try:
             if _try_lock(descriptor):
-                shutil.rmtree(left, ignore_errors=True)
+                yield left
         finally:
             os.close(descriptor)
+
+
+def _remove_abandoned(final: Path) -> None:
+    for left in _abandoned(final, _PARTIAL):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _restore_set_aside(final: Path) -> None:
+    """Undoes, or finishes, a replacement that was killed between its two renames."""
+    for aside in _abandoned(final, _OLD):
+        if (aside / _CONTENT).is_dir() and not final.exists():
+            (aside / _CONTENT).rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:
@@ -191,7 +217,7 @@ def _sync(directory: Path) -> None:
 
 def write_file_atomically(path: Path, content: str) -> None:
     """Writes a small text file whole or not at all."""
-    with storage_errors(path):
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
@@ -199,9 +225,7 @@ def write_file_atomically(path: Path, content: str) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(name).chmod(0o666 & ~mask)
+            Path(name).chmod(0o666 & ~_umask())
             Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

@@ -12,10 +12,10 @@ from typing import Any
 
 HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 EMBEDDING_NAMES = (
-    "model.embed_tokens.weight",
     "transformer.wte.weight",
     "gpt_neox.embed_in.weight",
     "model.decoder.embed_tokens.weight",
+    "model.embed_tokens.weight",
 )
 
 
@@ -41,4 +41,13 @@ def tie_of(config: Mapping[str, Any], stored: Collection[str]) -> Tie | None:
     head = next((name for name in HEAD_NAMES if name in stored), None)
     if not tied or (embedding and head) or not (embedding or head):
         return None
-    return Tie(embedding or EMBEDDING_NAMES[0], head or HEAD_NAMES[0])
+    return Tie(embedding or _embedding_beside(stored), head or HEAD_NAMES[0])
+
+
+def _embedding_beside(stored: Collection[str]) -> str:
+    """The name that the embedding of a checkpoint would have that stores the head alone."""
+    for embedding in EMBEDDING_NAMES:
+        body = embedding.rsplit(".", 2)[0] + "."
+        if any(name.startswith(body) for name in stored):
+            return embedding
+    return EMBEDDING_NAMES[-1]

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
+from qexport.cli.output import printable
 from qexport.errors import QexportError
 from qexport.version import __version__
 
@@ -28,13 +29,14 @@ COMMANDS = {
     "shard": ("qexport.cli.shard:shard", "Write a model again in files of another size."),
     "verify": ("qexport.cli.verify:verify", "Measure what a model lost against its reference."),
 }
-INTERRUPTED = 130
-TERMINATED = 143
 DEFECT = 70
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM ends the work as Ctrl-C does: with nothing left behind."""
+class _Stopped(BaseException):
+    """A signal ends the work, with nothing left behind; click would turn a KeyboardInterrupt into its own."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
 
 
 class _Commands(click.Group):
@@ -70,13 +72,16 @@ def cli() -> None:
     """From "training is done" to "everyone can run it": merge, shard, quantize and prove language models."""
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # once is enough: what follows is cleaning up
+    raise _Stopped(128 + number)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Runs a command and exits: 0 done, 1 not whole or lost too much, 2 bad input, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Runs a command and exits: 0 done, 1 not whole or lost too much, 2 bad input, 130 or 143 stopped."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _stop)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(run(arguments))
@@ -95,9 +100,9 @@ def run(arguments: list[str] | None) -> int:
     except QexportError as error:
         _complain(str(error))
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort) as error:
+    except (_Stopped, KeyboardInterrupt, click.Abort) as error:
         _complain("interrupted; nothing unfinished was left behind")
-        return TERMINATED if isinstance(error, _Terminated) else INTERRUPTED
+        return error.exit_code if isinstance(error, _Stopped) else 128 + signal.SIGINT
     except BrokenPipeError:
         # the reader of stdout went away; nothing more can be told to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -118,4 +123,4 @@ def run(arguments: list[str] | None) -> int:
 
 
 def _complain(line: str) -> None:
-    click.echo(f"error: {line}", err=True)
+    click.echo(f"error: {printable(line)}", err=True)

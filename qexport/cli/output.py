@@ -16,6 +16,11 @@ from qexport.events import Advanced, Event, Finished, Noted, OnEvent, Started
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+def printable(text: str) -> str:
+    """`text` with control characters and half surrogates escaped: names out of files are not trusted."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 @dataclass(frozen=True)
 class Output:
     """How a command speaks."""
@@ -51,7 +56,7 @@ class Output:
     def note(self, text: str) -> None:
         """Something worth knowing, on stderr."""
         if not self.quiet:
-            click.echo(text, err=True)
+            click.echo(printable(text), err=True)
 
     @contextmanager
     def listening(self) -> Iterator[OnEvent]:

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from qexport.errors import RecipeError, StorageError
+from qexport.checkpoint.disk import exists, read_errors
+from qexport.errors import RecipeError
 from qexport.specs import (
     METHODS,
     MergeSpec,
@@ -56,14 +57,13 @@ class ExportRecipe(Spec):
 
 def read_recipe(path: Path) -> ExportRecipe:
     """The recipe in a YAML file. Raises RecipeError with the key that is wrong and the nearest right one."""
+    if not exists(path):
+        raise RecipeError(f"the recipe {path} does not exist")
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"the recipe {path} does not exist") from None
+        with read_errors(path):
+            text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise RecipeError(f"the recipe {path} is not UTF-8 text") from None
-    except OSError as error:
-        raise StorageError(f"cannot read the recipe {path}: {error.strerror}") from error
     return parse_recipe(text, str(path))
 
 

@@ -54,7 +54,7 @@ def merge(
         Path(out),
         infos,
         config=checkpoint.config,
-        recipe=merge_recipe(base_path, [adapter.path for adapter in opened], spec),
+        recipe=lambda: merge_recipe(base_path, [adapter.path for adapter in opened], spec),
         max_shard_size=spec.max_shard_size,
         sidecars_from=base_path,
         overwrite=overwrite,
@@ -130,7 +130,9 @@ def _require_fit(checkpoint: Checkpoint, adapter: Adapter) -> None:
             f"{len(adapter.pairs)} modules are not in {checkpoint.path}, such as {strangers[0]}",
             expected=f"names like {near[0]}" if near else "",
         )
-    shapes = [(module, pair.shape) for module, pair in adapter.pairs.items()]
+    shapes: list[tuple[str, tuple[int, ...]]] = [
+        (module, pair.shape) for module, pair in adapter.pairs.items()
+    ]
     shapes += [(module, shape) for module, shape in adapter.copies.items() if module in modules]
     misfits = [(m, shape) for m, shape in shapes if checkpoint.info(f"{m}.weight").shape != shape]
     if misfits:
