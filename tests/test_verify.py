@@ -144,7 +144,7 @@ def test_the_gate_by_exit_code(llama: Path, text: Path, tmp_path: Path, cli: Run
     assert stderr.splitlines()[-1].startswith(f"error: {out} loses")
     code, stdout, _ = cli("verify", llama, "--reference", llama, "--text", text, "--max-loss", "0%")
     assert code == 0
-    assert "loss\t+0.00 % ± 0.00" in stdout
+    assert "loss\t+0.00% ±0.00" in stdout
 
 
 def test_wrong_options(llama: Path, text: Path, tmp_path: Path, cli: RunCli) -> None:

@@ -13,6 +13,7 @@ import click
 
 from qexport.events import Advanced, Event, Finished, Noted, OnEvent, Started
 
+_LONG = 24  # paths and the like may break anywhere
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -121,12 +122,24 @@ class _ProgressListener:
 
 
 def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=True)
+        cells = [row[number] for row in rows]
+        # on a narrow terminal long headings and "1.23 ±0.04" break at their spaces, never in a word
+        longest = max((len(word) for text in (column, *cells) for word in text.split()), default=1)
+        table.add_column(
+            column,
+            justify="left" if number < 2 else "right",
+            overflow="fold",
+            min_width=min(longest, _LONG),
+            no_wrap=longest < _LONG and not any(" " in cell for cell in cells),
+        )
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -44,7 +44,7 @@ def verify(
         (
             role,
             scores.model,
-            f"{scores.perplexity.value:.3f} ± {scores.perplexity.standard_error:.3f}",
+            f"{scores.perplexity.value:.3f} ±{scores.perplexity.standard_error:.3f}",
             "" if scores.bleu is None else f"{scores.bleu.value:.1f}",
             format_size(scores.size_bytes),
             f"{scores.bits_per_weight:.2f}",

@@ -49,7 +49,7 @@ class Row:
             str(self.bits),
             f"{self.bits_per_weight:.2f}",
             format_size(self.size_bytes),
-            f"{_number(self.perplexity)} ± {_number(self.perplexity_se)}",
+            f"{_number(self.perplexity)} ±{_number(self.perplexity_se)}",
             "" if self.loss is None else format_loss(self.loss, self.loss_se),
             "" if self.bleu is None else f"{self.bleu:.1f}",
             "" if self.seconds is None else f"{self.seconds:.1f} s",
@@ -62,9 +62,9 @@ def _number(value: float) -> str:
 
 
 def format_loss(loss: float, standard_error: float | None) -> str:
-    """A rise of perplexity in per cent, with its standard error: +1.23 % ± 0.10."""
-    error = "" if standard_error is None else f" ± {100 * standard_error:.2f}"
-    return f"{100 * loss:+.2f} %{error}" if abs(loss) < 10 else f"{100 * loss:+.3g} %"
+    """A rise of perplexity in per cent, with its standard error: +1.23% ±0.10."""
+    error = "" if standard_error is None else f" ±{100 * standard_error:.2f}"
+    return f"{100 * loss:+.2f}%{error}" if abs(loss) < 10 else f"{100 * loss:+.3g}%"
 
 
 def make_row(
