@@ -138,7 +138,7 @@ def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
             justify="left" if number < 2 else "right",
             overflow="fold",
             min_width=min(longest, _LONG),
-            no_wrap=longest < _LONG and not any(" " in cell for cell in cells),
+            no_wrap=longest < _LONG and not any(" " in text for text in (column, *cells)),
         )
     for row in rows:
         table.add_row(*row)
