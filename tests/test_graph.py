@@ -200,6 +200,6 @@ def test_cli(content: dict[str, Any], tmp_path: Path, cli: RunCli) -> None:
     assert code == 1
     assert stdout.startswith("variant\tmethod\tbits")
     assert "lost by bnb-8bit (" in stderr.splitlines()[-1]
-    assert "stands gptq-3bit-g32\n" in stderr  # the gate is no part of what determines a result
+    assert "gptq-3bit-g32: stands\n" in stderr  # the gate is no part of what determines a result
     code, _, stderr = cli("export", tmp_path / "none.yaml")
     assert (code, stderr) == (2, f"error: the recipe {tmp_path / 'none.yaml'} does not exist\n")

@@ -66,8 +66,8 @@ def run_recipe(recipe: ExportRecipe, out: Output, *, trust_remote_code: bool = F
     from qexport.graph.tasks import Task
     from qexport.report.rows import COLUMNS
 
-    def told(task: Task, runs: bool) -> None:
-        out.note(f"{'run  ' if runs else 'stands'} {task.name}")
+    def told(task: Task, runs: bool, number: int, total: int) -> None:
+        out.note(f"{number}/{total} {task.name}" + ("" if runs else ": stands"))
 
     with out.listening() as on_event:
         result = run(recipe, trust_remote_code=trust_remote_code, on_event=on_event, on_task=told)

@@ -7,13 +7,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import click
 
 from qexport.events import Advanced, Event, Finished, Noted, OnEvent, Started
 
-_LONG = 24  # paths and the like may break anywhere
+_SHORT = 8  # columns of this width are left whole on a narrow terminal
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -126,23 +126,23 @@ def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     from rich.console import Console
     from rich.table import Table
 
+    console = Console()
+    widths = [max(map(len, texts)) for texts in zip(columns, *rows, strict=True)]
+    narrow = sum(widths) + 2 * len(widths) > console.width
+
+    def fitted(text: str, width: int) -> str:
+        """On a narrow terminal the wide columns break at their spaces, rather than being cut off."""
+        return text.replace(" ", "\n") if narrow and width > _SHORT else text
+
     table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, not narrow, 0, 0)
     )
-    for number, column in enumerate(columns):
-        cells = [row[number] for row in rows]
-        # on a narrow terminal long headings and "1.23 ±0.04" break at their spaces, never in a word
-        longest = max((len(word) for text in (column, *cells) for word in text.split()), default=1)
-        table.add_column(
-            column,
-            justify="left" if number < 2 else "right",
-            overflow="fold",
-            min_width=min(longest, _LONG),
-            no_wrap=longest < _LONG and not any(" " in text for text in (column, *cells)),
-        )
+    for number, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        justify: Literal["left", "right"] = "left" if number < 2 else "right"
+        table.add_column(fitted(column, width), justify=justify, overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        table.add_row(*map(fitted, row, widths))
+    console.print(table)
 
 
 def output_options(function: Function) -> Function:

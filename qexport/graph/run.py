@@ -25,7 +25,8 @@ class ExportResult:
     skipped: tuple[str, ...]
 
 
-OnTask = Callable[[Task, bool], None]
+# hears of each task before it runs: the task, whether it runs or stands, its number, and of how many
+OnTask = Callable[[Task, bool, int, int], None]
 
 
 def export(
@@ -33,12 +34,11 @@ def export(
     *,
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
-    on_task: OnTask = lambda task, runs: None,
+    on_task: OnTask = lambda task, runs, number, total: None,
 ) -> ExportResult:
     """Runs a recipe: merge, shard, quantize and verify each variant, and report.
 
     Everything is checked before the first task runs. A task whose result stands is skipped.
-    `on_task` hears of each task before it runs, or that it is skipped (False).
     Whether the losses are within the recipe's gate is for `require_within_gate` to say.
     """
     if not isinstance(recipe, ExportRecipe):
@@ -48,9 +48,9 @@ def export(
     context = Context(on_event, trust_remote_code)
     ran: list[str] = []
     skipped: list[str] = []
-    for task in tasks:
+    for number, task in enumerate(tasks, start=1):
         runs = not task.stands()
-        on_task(task, runs)
+        on_task(task, runs, number, len(tasks))
         if runs:
             task.run(context)
         (ran if runs else skipped).append(task.name)
