@@ -2,13 +2,15 @@
 # `make test` sets up and runs every check. Both can be repeated; both print what they do.
 
 PYTHON ?= python3
-# Any torch that pyproject.toml admits will do, e.g. TORCH='torch==2.13.0 --index-url ...'.
+# Any torch that pyproject.toml admits will do. PyTorch's own index has smaller builds for the CPU:
+# make TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu' demo
 TORCH ?= torch==2.13.0
 DEMO_OUT ?= qexport-demo
 
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# a stamp of its own for every choice of torch
+STAMP := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 
 .PHONY: demo test test-fast format lint types setup embedded clean help
 
@@ -27,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 10) <= v <= (3, 13) or sys.exit("qexport needs Python 3.10 to 3.13; %s is %d.%d. Choose another: make PYTHON=python3.12 ..." % (sys.executable, *v))'
 	@echo "== $(VENV): creating with $$($(PYTHON) --version)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bnb]'
 	@touch $(STAMP)
 

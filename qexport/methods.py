@@ -15,6 +15,7 @@ import torch
 from qexport.errors import SpecError
 from qexport.formats import bitsandbytes, gptq
 from qexport.formats.format import Format
+from qexport.grids.bitsandbytes_import import bitsandbytes_functional
 from qexport.grids.int8_rows import Int8RowGrid
 from qexport.grids.integer import IntegerGrid
 from qexport.grids.nf4 import Nf4Grid
@@ -47,6 +48,7 @@ def method_of(spec: AnyQuantizeSpec, shapes: Mapping[str, Sequence[int]]) -> Met
     Raises SpecError when the wanted group size does not divide a layer's inputs.
     """
     if isinstance(spec, BnbSpec):
+        bitsandbytes_functional()  # its absence is told now, not after the weights were read
         grid = Nf4Grid() if spec.bits == 4 else Int8RowGrid()
         return Method(grid, lambda weight, _: round_to_nearest(weight, grid), bitsandbytes)
     storable = {name: shape for name, shape in shapes.items() if not gptq.obstacle(shape)}

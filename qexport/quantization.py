@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from qexport.calibrate.hessian import HessianSum
 from qexport.calibrate.texts import read_documents
 from qexport.calibrate.windows import calibration_windows
 from qexport.checkpoint.checkpoint import Checkpoint, open_directory
+from qexport.checkpoint.embedded import is_embedded
 from qexport.checkpoint.finiteness import require_finite
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.manifest import Recipe, fingerprint
@@ -27,11 +29,14 @@ from qexport.methods import Method, method_of
 from qexport.modeling.architectures import architecture_of
 from qexport.modeling.blocks import BlockStream
 from qexport.modeling.skeleton import Skeleton, build_skeleton
+from qexport.modeling.structure import structure_problems
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.packaged import calibration_text
 from qexport.results import QuantizeResult
 from qexport.specs import AnyQuantizeSpec, CalibrationSpec
 
+_OWN_TEXT = "text of your model's kind gives better codes: --calibration"
+_QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32)
 _BATCH_TOKENS = 4096  # tokens that go through a block at once
 
 
@@ -40,7 +45,8 @@ def quantize_recipe(source: Path, spec: AnyQuantizeSpec) -> Recipe:
     inputs = {"model": fingerprint(source)}
     if isinstance(spec, CalibrationSpec):
         inputs["calibration"] = fingerprint(_calibration_path(spec))
-    return Recipe("quantize", spec.model_dump(exclude={"calibration"}), inputs)
+    packages = {"bnb": ("bitsandbytes",), "rtn": ("torch",), "gptq": ("torch", "transformers")}[spec.method]
+    return Recipe("quantize", spec.model_dump(exclude={"calibration"}), inputs, packages)
 
 
 def _calibration_path(spec: CalibrationSpec) -> Path:
@@ -76,7 +82,6 @@ def quantize(
     job = _plan(checkpoint, spec, trust_remote_code, on_event)
     samples = None
     if job.method.prepare and isinstance(spec, CalibrationSpec):
-        architecture_of(job.skeleton.model_type)
         samples = _samples(path, spec, job.skeleton, trust_remote_code, on_event)
     with (
         Measured() as cost,
@@ -132,8 +137,7 @@ def planned_size(
     """
     job = _plan(open_directory(source), spec, trust_remote_code, on_event)
     if isinstance(spec, CalibrationSpec):
-        _calibration_path(spec)
-        architecture_of(job.skeleton.model_type)
+        read_documents(_calibration_path(spec))
     return sum(info.size for info in job.infos)
 
 
@@ -167,18 +171,25 @@ def _plan(
         )
     skeleton = build_skeleton(checkpoint.path, trust_remote_code=trust_remote_code)
     linears = skeleton.linears()
-    if missing := [name for name in linears if f"{name}.weight" not in checkpoint]:
+    if problems := structure_problems(checkpoint, skeleton):
         raise UnsupportedModelError(
-            f"{len(missing)} of the model's linear layers are not in {checkpoint.path}, "
-            f"such as {missing[0]}.weight",
-            remedy="check with: qexport verify",
+            f"{checkpoint.path} does not hold the model of its config.json: {', '.join(problems)}"
         )
+    for name in linears:
+        if (dtype := checkpoint.info(f"{name}.weight").dtype) not in _QUANTIZABLE:
+            raise UnsupportedModelError(f"{name}.weight is {dtype}", expected="weights in fp16, bf16 or fp32")
     method = method_of(spec, linears)
     obstacles = {
         name: reason
         for name, shape in linears.items()
         if (reason := method.format.obstacle(shape, method.grid))
     }
+    if method.prepare:
+        row = architecture_of(skeleton.model_type)
+        known = {inner for group in row.linears for inner in group}
+        for name in linears:
+            if re.sub(rf"^{re.escape(row.blocks)}\.\d+\.", "", name) not in known:
+                obstacles.setdefault(name, f"no place in the architecture row of {skeleton.model_type}")
     converted = [name for name in linears if name not in obstacles]
     left = list(obstacles)
     if not converted:
@@ -226,6 +237,8 @@ def _samples(
     on_event: OnEvent,
 ) -> torch.Tensor:
     documents = read_documents(_calibration_path(spec))
+    if spec.calibration is None and not is_embedded(path):
+        on_event(Noted(f"calibrating on the package's own little text; {_OWN_TEXT}"))
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     length = min(spec.sequence_length, skeleton.max_length or spec.sequence_length)
     windows = calibration_windows(documents, tokenizer, samples=spec.samples, length=length, seed=spec.seed)

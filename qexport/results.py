@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+
+def plain(data: Any) -> Any:
+    """`data` as JSON can hold it: NaN and infinity, which it cannot, become None."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: plain(value) for key, value in data.items()}
+    return [plain(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 @dataclass(frozen=True)
@@ -56,11 +66,15 @@ class Bleu:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One model's scores. A score that was not asked for is None."""
+    """One model's scores, and how many of its tensors were decoded and found whole.
+
+    A score that was not asked for is None.
+    """
 
     model: str
     size_bytes: int
     bits_per_weight: float
+    tensors_checked: int
     perplexity: Perplexity
     bleu: Bleu | None
 
@@ -80,5 +94,3 @@ class VerifyResult:
     reference: Evaluation
     candidate: Evaluation
     loss: Difference
-    tensors_checked: int = 0
-    notes: tuple[str, ...] = field(default=())

@@ -94,6 +94,26 @@ def test_an_output_of_somebody_elses_is_not_replaced(content: dict[str, Any], tm
         qexport.export(parsed(content))
 
 
+def test_a_stray_weights_file_is_noticed(content: dict[str, Any], tmp_path: Path, llama: Path) -> None:
+    qexport.export(parsed(content))
+    # a single file counts before an index: it would be read in the place of what was written
+    (tmp_path / "out" / "sharded" / "model.safetensors").write_bytes(
+        (llama / "model.safetensors").read_bytes()
+    )
+    again = qexport.export(parsed(content))
+    assert "shard" in again.ran
+    assert "bnb-8bit" in again.skipped
+    assert not (tmp_path / "out" / "sharded" / "model.safetensors").exists()
+
+
+def test_a_report_of_somebody_elses_is_not_replaced(content: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.md").write_text("mine")
+    with pytest.raises(OutputExistsError, match="is no report of qexport's"):
+        qexport.export(parsed(content))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.md"]
+
+
 def test_outputs_carry_their_recipe_and_figures(content: dict[str, Any], tmp_path: Path) -> None:
     result = qexport.export(parsed(content))
     for name in ("merged", "sharded", "bnb-8bit", "gptq-3bit-g32"):
@@ -144,6 +164,7 @@ def test_everything_is_checked_before_anything_runs(
         ({"outptu": "x"}, "unknown key 'outptu'; did you mean 'output'?"),
         ({"zzz": 1}, "unknown key 'zzz'; known are base, adapters, output"),
         ({"base": None}, "the key 'base' is missing"),
+        ({"output": ""}, "output: string should have at least 1 character"),
         (
             {"shard": {"max_shard_size": "5 elephants"}},
             "shard.max_shard_size: value error, '5 elephants' is not a size",
@@ -156,7 +177,7 @@ def test_everything_is_checked_before_anything_runs(
             "quantize.1.bnb.bits: input should be 4 or 8, found 3",
         ),
         ({"quantize": [{"method": "bnb", "damp": 1}]}, "unknown key 'quantize.0.bnb.damp'; known are"),
-        ({"quantize": "bnb"}, "quantize: input should be a valid tuple, found 'bnb'"),
+        ({"quantize": "bnb"}, "quantize: input should be a list, found 'bnb'"),
         ({"verify": {"max_loss": 5}}, "write a share with its sign"),
     ],
 )

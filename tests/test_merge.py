@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import qexport
 from qexport.errors import AdapterError, NonFiniteError, UnsafeFileError, UnsupportedModelError
+from qexport.events import Noted
 from qexport.merging.lora import lora_scale, merge_lora
 from qexport.specs import BnbSpec, MergeSpec
 from tests.conftest import RunCli, shared
@@ -126,6 +127,8 @@ def test_half_a_pair_and_other_ranks(llama: Path, tmp_path: Path) -> None:
     refused(llama, adapter, tmp_path / "out", AdapterError, "only lora_A of model.layers.0.self_attn.q_proj")
     save_file({**whole, name: torch.zeros(128, 5)}, file)
     refused(llama, adapter, tmp_path / "out", AdapterError, "ranks .* differ: lora_A has 4, lora_B 5")
+    save_file({**whole, name: whole[name].to(torch.int8)}, file)
+    refused(llama, adapter, tmp_path / "out", AdapterError, "1 tensors that are no LoRA matrices")
     save_file({**whole, "base_model.model.lm_head.weight": torch.zeros(2)}, file)
     refused(llama, adapter, tmp_path / "out", AdapterError, "1 tensors that are no LoRA matrices")
 
@@ -139,6 +142,11 @@ def test_half_a_pair_and_other_ranks(llama: Path, tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
         ({"bias": "all"}, "bias='all'"),
         ({"lora_alpha": "much"}, "lora_alpha is 'much'"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is no object"),
+        ({"alpha_pattern": {r"layers\.0\..*q_proj": 64}}, "alpha_pattern has the regular expression"),
+        ({"init_lora_weights": "pissa"}, "was initialised by pissa"),
+        ({"init_lora_weights": "olora"}, "was initialised by olora"),
     ],
 )
 def test_adapters_that_cannot_be_merged_yet_say_what_they_are(
@@ -176,6 +184,8 @@ def test_nan_is_named(llama: Path, tmp_path: Path) -> None:
     held = load_file(file)
     name = next(name for name in held if "lora_A" in name)
     save_file({**held, name: torch.full_like(held[name], torch.inf)}, file)
+    refused(llama, adapter, tmp_path / "out", NonFiniteError, r"adapter has NaN or infinity in .*lora_A")
+    save_file({**held, name: torch.full_like(held[name], 3e38)}, file)  # finite itself, the product is not
     refused(llama, adapter, tmp_path / "out", NonFiniteError, "the merged model has NaN or infinity in")
 
 
@@ -219,3 +229,15 @@ def test_an_adapted_output_head_comes_with_a_copy_of_the_bases(tmp_path: Path) -
     torch.testing.assert_close(merged(tmp_path / "out"), with_adapters(base, adapter), rtol=1e-4, atol=1e-4)
     smaller = tiny_model(tmp_path / "smaller", tied=False, vocab_size=310)
     refused(smaller, adapter, tmp_path / "no", AdapterError, r"lm_head is \[310, 128\] in .*, \[320, 128\]")
+
+
+def test_an_adapters_own_template_is_not_lost_in_silence(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", llama)
+    shutil.copyfile(llama / "tokenizer.json", adapter / "tokenizer.json")
+    notes: list[Any] = []
+    qexport.merge(llama, [adapter], tmp_path / "same", on_event=notes.append)
+    assert not [note for note in notes if isinstance(note, Noted)]
+    (adapter / "chat_template.jinja").write_text("another")
+    qexport.merge(llama, [adapter], tmp_path / "other", on_event=notes.append)
+    (note,) = (note for note in notes if isinstance(note, Noted))
+    assert "brings its own chat_template.jinja: the base's are kept" in note.text

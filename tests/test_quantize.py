@@ -22,7 +22,7 @@ from qexport.modeling.tokenizer import load_tokenizer
 from qexport.modeling.whole import load_whole
 from qexport.specs import AnyQuantizeSpec, BnbSpec, GptqSpec, RtnSpec
 from tests.conftest import RunCli
-from tests.tiny import edit_weights, in_transformers, logits, tiny_model, tokens
+from tests.tiny import edit_json, edit_weights, in_transformers, logits, tiny_model, tokens
 
 bnb: Any = bitsandbytes
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -232,3 +232,26 @@ def test_cli_refuses_options_and_bits_of_other_methods(llama: Path, tmp_path: Pa
     code, _, err = cli("quantize", llama, "-o", out, "--method", "gtpq")
     assert code == 2
     assert not out.exists()
+
+
+def test_a_checkpoint_that_is_not_its_configs_model_is_refused_at_once(llama: Path, tmp_path: Path) -> None:
+    path = shutil.copytree(llama, tmp_path / "model")
+    edit_json(path / "config.json", num_hidden_layers=1)
+    with pytest.raises(UnsupportedModelError, match=r"9 tensors unexpected \(model.layers.1"):
+        qexport.quantize(path, tmp_path / "out", RtnSpec())
+    edit_json(path / "config.json", num_hidden_layers=2, intermediate_size=128)
+    with pytest.raises(UnsupportedModelError, match="6 tensors of the wrong shape"):
+        qexport.quantize(path, tmp_path / "out", BnbSpec())
+
+
+def test_experts_are_not_left_out_in_silence(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "model", model_type="mixtral", tied=False, num_local_experts=2)
+    with pytest.raises(UnsupportedModelError, match="does not hold the model of its config.json"):
+        qexport.quantize(path, tmp_path / "out", RtnSpec())
+
+
+def test_weights_of_other_dtypes_are_refused(tmp_path: Path) -> None:
+    path = tiny_model(tmp_path / "model", dtype=torch.float64)
+    for spec in (RtnSpec(), BnbSpec()):
+        with pytest.raises(UnsupportedModelError, match=r"float64; weights in fp16, bf16 or fp32"):
+            qexport.quantize(path, tmp_path / "out", spec)

@@ -188,6 +188,10 @@ def test_an_output_that_is_there_is_refused_or_replaced(tmp_path: Path, cli: Run
     err = told_in_one_line(cli("shard", model, "-o", out))
     assert err == f"error: {out} is there already; add --overwrite, or choose another place with -o\n"
     assert content(out) == before
+    err = told_in_one_line(cli("shard", model, "-o", out, "--overwrite"))
+    assert f"error: {out} holds old.txt; a directory is replaced only when" in err
+    assert content(out) == before
+    (out / "old.txt").unlink()
     assert cli("shard", model, "-o", out, "--overwrite", "-q") == (0, "", "")
     assert sorted(content(out)) == ["config.json", "model.safetensors", "qexport.json"]
     assert list(load_file(out / "model.safetensors")) == ["a"]
@@ -210,7 +214,7 @@ def test_what_overwrite_does_not_replace(tmp_path: Path, cli: RunCli) -> None:
     small(tmp_path / "models")  # a model that holds the input
     before = content(tmp_path)
     for out, reason in (
-        (notes, "is no model directory; --overwrite replaces models only"),
+        (notes, "is no model directory; models only are replaced"),
         (file, "is there already and is no directory"),
         (link, "is no model directory"),
         (dangling, "is there already and is no directory"),

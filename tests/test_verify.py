@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ from qexport.specs import BnbSpec, RtnSpec, VerifySpec
 from qexport.verification.bleu import bleu, greedy_answers
 from qexport.verification.perplexity import relative_difference, summarize
 from tests.conftest import RunCli, shared
-from tests.tiny import edit_weights, in_transformers, tiny_model
+from tests.tiny import edit_json, edit_weights, in_transformers, tiny_model
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.mark.parametrize(("window", "stride"), [(128, 64), (32, 16), (32, 5)])
+@pytest.mark.parametrize(("window", "stride"), [(128, 64), (32, 16), (32, 5), (32, 32), (32, 90)])
 def test_perplexity_is_that_of_transformers(llama: Path, text: Path, window: int, stride: int) -> None:
     found = qexport.evaluate(llama, VerifySpec(text=str(text), window=window, stride=stride)).perplexity
     model = in_transformers(llama, dtype=torch.float32)
@@ -33,9 +34,9 @@ def test_perplexity_is_that_of_transformers(llama: Path, text: Path, window: int
     total, count = 0.0, 0
     for document in read_documents(text):  # one token at a time over the same context rule, unbatched
         ids = tokenizer(document).input_ids[1:]
-        done, room = 0, window - 1
+        done, room, step = 0, window - 1, min(stride, window - 1)
         while done < len(ids):
-            end = min(room, len(ids)) if not done else min(done + stride, len(ids))
+            end = min(room, len(ids)) if not done else min(done + step, len(ids))
             start = max(end - room, 0)
             row = torch.tensor([[0, *ids[start:end]]])
             with torch.no_grad():
@@ -171,6 +172,52 @@ def test_tokenizers_that_differ(llama: Path, text: Path, tmp_path: Path) -> None
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(CalibrationError, match="cut the text into different tokens"):
         qexport.verify(llama, other, VerifySpec(text=str(text)))
+
+
+def test_a_lost_output_head_is_no_tie(text: Path, tmp_path: Path) -> None:
+    """transformers would load a random head: Llama's config class does not tie by itself."""
+    path = tiny_model(tmp_path / "model", tied=False)
+    edit_json(path / "config.json", tie_word_embeddings=None)
+    qexport.evaluate(path, VerifySpec(text=str(text), max_documents=1))
+    edit_weights(path, **{"lm_head.weight": None})
+    with pytest.raises(VerificationError, match=r"1 tensors missing \(lm_head.weight\)"):
+        qexport.evaluate(path, VerifySpec(text=str(text)))
+
+
+def test_an_answer_ends_where_the_generation_config_says(llama: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"prompt": "a small model", "reference": "two\\nlines"}\n')
+    spec = VerifySpec(text=str(pairs), pairs=str(pairs), max_new_tokens=12)
+    (tmp_path / "text.txt").write_text("a small model")
+    spec = spec.model_copy(update={"text": str(tmp_path / "text.txt")})
+    long = qexport.evaluate(llama, spec).bleu
+    path = shutil.copytree(llama, tmp_path / "model")
+    assert long is not None
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a small model"}], add_generation_prompt=True, tokenize=False
+    )
+    ids = tokenizer(chat, add_special_tokens=False, return_tensors="pt").input_ids
+    generated = in_transformers(llama, dtype=torch.float32).generate(ids, do_sample=False, max_new_tokens=12)
+    first = int(generated[0, ids.shape[1] + 2])  # the third token of the answer becomes an end
+    edit_json(path / "generation_config.json", eos_token_id=[1, first])
+    short = qexport.evaluate(path, spec).bleu
+    assert short is not None
+    assert long.answers[0].startswith(short.answers[0])
+    assert len(short.answers[0]) < len(long.answers[0])
+
+
+def test_one_document_has_no_standard_error_and_the_json_is_json(
+    llama: Path, tmp_path: Path, cli: RunCli
+) -> None:
+    (tmp_path / "text.txt").write_text("a small model")
+    code, out, _ = cli("verify", llama, "--reference", llama, "--text", tmp_path / "text.txt", "--json")
+    assert code == 0
+    result = json.loads(out, parse_constant=pytest.fail)
+    assert result["loss"] == {"loss": 0.0, "standard_error": None}
+    assert result["candidate"]["tensors_checked"] == 20
+    code, out, _ = cli("verify", llama, "--reference", llama, "--text", tmp_path / "text.txt")
+    assert "nan" not in out
 
 
 @pytest.mark.slow

@@ -25,7 +25,11 @@ def resolve(source: str | Path) -> Path:
 
     repository = str(source)
     try:
-        return Path(snapshot_download(repository, allow_patterns=MODEL_FILES))
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=MODEL_FILES, ignore_patterns=["*/*.safetensors", "consolidated*"]
+            )
+        )
     except HFValidationError as error:
         raise CheckpointNotFoundError(
             f"{repository} is no directory and no valid Hub id",

@@ -26,16 +26,22 @@ _hashes: dict[tuple[str, int, int], str] = {}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What determines an output: the step, its options (seeds included), its inputs' hashes."""
+    """What determines an output: the step, its options (seeds included), its inputs' hashes.
+
+    `packages` are those whose arithmetic it depends on: their versions are part of the key.
+    """
 
     task: str
     options: Mapping[str, Any]
     inputs: Mapping[str, str]
+    packages: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
-        """Hash of the recipe and of qexport's version: equal keys, equal outputs."""
-        content = {**asdict(self), "qexport": __version__}
+        """Hash of the recipe, of qexport's version and of the packages': equal keys, equal outputs."""
+        installed = installed_versions()
+        versions = {package: installed.get(package) for package in self.packages}
+        content = {**asdict(self), "qexport": __version__, "versions": versions}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -129,10 +135,16 @@ def stands(directory: Path, key: str) -> bool:
     try:
         manifest = read_json(directory / MANIFEST_FILE)
         records = manifest["files"]
-        return manifest["key"] == key and all(
-            (directory / name).stat().st_size == record["size"]
-            and file_hash(directory / name) == record["sha256"]
-            for name, record in records.items()
+        # a file that came in since would be read with the others
+        strays = {file.as_posix() for file in content_files(directory)} - set(records)
+        return (
+            not strays
+            and manifest["key"] == key
+            and all(
+                (directory / name).stat().st_size == record["size"]
+                and file_hash(directory / name) == record["sha256"]
+                for name, record in records.items()
+            )
         )
     except (QexportError, OSError, KeyError, TypeError, AttributeError, IndexError):
         return False

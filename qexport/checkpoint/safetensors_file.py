@@ -24,6 +24,7 @@ from qexport.errors import CorruptFileError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 _MAX_NATURAL = 1 << 63
+MAX_TRANSFER = 1 << 30  # macOS refuses single reads beyond 2 GiB
 _MAX_SIDES = 64  # torch's own limit
 _REMEDY = "download or write the file again"
 
@@ -123,7 +124,7 @@ def read_bytes(tensor: StoredTensor) -> bytearray:
         try:
             done = 0
             while done < len(buffer):
-                count = os.preadv(descriptor, [view[done:]], tensor.offset + done)
+                count = os.preadv(descriptor, [view[done : done + MAX_TRANSFER]], tensor.offset + done)
                 if count == 0:
                     raise CorruptFileError(
                         f"{tensor.file} ends within tensor {tensor.name!r}", remedy=_REMEDY

@@ -28,6 +28,18 @@ PATTERNS = (
 )
 
 
+# what else a model directory of ours or of transformers holds
+_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "qexport.json", "README.md")
+
+
+def strangers(directory: Path) -> list[Path]:
+    """What lies in a directory that is no part of a model, relative to it and sorted."""
+    known = {directory / file for file in sidecar_files(directory)}
+    known |= {file for pattern in _MODEL_FILES for file in directory.glob(pattern)}
+    found = (file for file in directory.rglob("*") if not file.is_dir() and file not in known)
+    return sorted(file.relative_to(directory) for file in found)
+
+
 def sidecar_files(directory: Path) -> list[Path]:
     """The sidecar files of a model, relative to its directory, sorted."""
     found = {file for pattern in PATTERNS for file in directory.glob(pattern) if file.is_file()}

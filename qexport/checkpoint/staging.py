@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from qexport.checkpoint.disk import write_errors
+from qexport.checkpoint.sidecars import strangers
 from qexport.errors import OutputExistsError, StorageError
 from qexport.sizes import format_size
 
@@ -39,7 +40,7 @@ class StagedDirectory:
         with write_errors(target):
             self._made_parents = _make_parents(self._final.parent)
             _restore_set_aside(self._final)
-            _check_target(target, self._final, overwrite, sources)
+            check_target(target, overwrite=overwrite, sources=sources)
             _remove_abandoned(self._final)
             self.path, self._lock = _locked_directory(self._final, _PARTIAL)
 
@@ -60,19 +61,10 @@ class StagedDirectory:
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
-    def require_space(self, size: int) -> None:
-        """Raises StorageError now rather than after an hour, when `size` bytes do not fit."""
-        free = shutil.disk_usage(self.path).free
-        if size > free:
-            raise StorageError(
-                f"{self.target} needs {format_size(size)}, the disk has {format_size(free)} free",
-                remedy="free some space, or choose another place with -o",
-            )
-
     def commit(self) -> None:
         """Gives the directory its final name. The only step that a reader can see."""
         # somebody may have put something there since
-        _check_target(self.target, self._final, self._overwrite, self._sources)
+        check_target(self.target, overwrite=self._overwrite, sources=self._sources)
         with write_errors(self.target):
             self.path.chmod(0o777 & ~_umask())  # it was private while it grew
             _sync(self.path)
@@ -115,7 +107,22 @@ def _make_parents(parent: Path) -> list[Path]:
     return missing
 
 
-def _check_target(target: Path, final: Path, overwrite: bool, sources: Sequence[Path]) -> None:
+def require_space(target: Path, size: int) -> None:
+    """Raises StorageError now rather than after an hour, when `size` bytes do not fit beside `target`."""
+    there = Path(os.path.abspath(target))  # noqa: PTH100
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if size > free:
+        raise StorageError(
+            f"{target} needs {format_size(size)}, the disk has {format_size(free)} free",
+            remedy="free some space, or choose another place with -o",
+        )
+
+
+def check_target(target: Path, *, overwrite: bool = False, sources: Sequence[Path] = ()) -> None:
+    """Raises OutputExistsError when the target is there already and must not, or may not, be replaced."""
+    final = Path(os.path.abspath(target))  # noqa: PTH100 - lexical: `..` of a link is not followed
     resolved, here = final.resolve(), Path.cwd()
     for source in sources:
         if resolved == source.resolve() or resolved in source.resolve().parents:
@@ -144,8 +151,14 @@ def _check_target(target: Path, final: Path, overwrite: bool, sources: Sequence[
     if final.is_symlink() or not any((final / name).is_file() for name in ("config.json", "qexport.json")):
         raise OutputExistsError(
             f"{target} is no model directory",
-            expected="--overwrite replaces models only, lest something else be lost",
+            expected="models only are replaced, lest something else be lost",
             remedy="choose another place with -o",
+        )
+    if others := strangers(final):
+        raise OutputExistsError(
+            f"{target} holds {others[0]}" + (f" and {len(others) - 1} more" if len(others) > 1 else ""),
+            expected="a directory is replaced only when all in it belongs to a model, lest something be lost",
+            remedy="move that away, or choose another place with -o",
         )
 
 

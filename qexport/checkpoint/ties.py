@@ -17,6 +17,11 @@ EMBEDDING_NAMES = (
     "model.decoder.embed_tokens.weight",
     "model.embed_tokens.weight",
 )
+# model types whose config class ties when config.json does not say (transformers 5.23)
+TIED_BY_DEFAULT = frozenset(
+    {"bloom", "cohere", "cohere2", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt2"}
+    | {"gpt_bigcode", "gpt_neo", "mpt", "opt", "smollm3", "starcoder2"}
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,8 @@ def tie_of(config: Mapping[str, Any], stored: Collection[str]) -> Tie | None:
     A checkpoint that stores both matrices is left as it is, whatever its config says: the two may
     differ, and transformers then does not tie them either.
     """
-    tied = config.get("tie_word_embeddings")
-    if tied is None:
-        # configs leave out what is their class's default; only a missing matrix tells the tie
-        tied = not any(name in stored for name in HEAD_NAMES)
+    # configs leave out what is their class's default
+    tied = config.get("tie_word_embeddings", config.get("model_type") in TIED_BY_DEFAULT)
     embedding = next((name for name in EMBEDDING_NAMES if name in stored), None)
     head = next((name for name in HEAD_NAMES if name in stored), None)
     if not tied or (embedding and head) or not (embedding or head):

@@ -14,10 +14,10 @@ import torch
 from qexport.checkpoint.checkpoint import CONFIG_FILE
 from qexport.checkpoint.disk import read_errors, write_errors
 from qexport.checkpoint.manifest import MANIFEST_FILE, Manifest, Recipe, record_files
-from qexport.checkpoint.safetensors_file import header_bytes
+from qexport.checkpoint.safetensors_file import MAX_TRANSFER, header_bytes
 from qexport.checkpoint.sharding import INDEX_FILE, Shard, ShardPlan, plan_shards
 from qexport.checkpoint.sidecars import sidecar_files
-from qexport.checkpoint.staging import StagedDirectory
+from qexport.checkpoint.staging import StagedDirectory, require_space
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.events import Noted, OnEvent, ignore
 from qexport.sizes import format_size
@@ -57,7 +57,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            self._staged.require_space(self.plan.size)
+            require_space(self._staged.target, self.plan.size)
             for tensor in self.plan.oversized:
                 self._on_event(
                     Noted(
@@ -144,4 +144,4 @@ class CheckpointWriter:
 def _write_all(descriptor: int, raw: memoryview, offset: int) -> None:
     done = 0
     while done < len(raw):
-        done += os.pwrite(descriptor, raw[done:], offset + done)
+        done += os.pwrite(descriptor, raw[done : done + MAX_TRANSFER], offset + done)

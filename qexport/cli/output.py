@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import click
 
 from qexport.events import Advanced, Event, Finished, Noted, OnEvent, Started
+from qexport.results import plain
 
 _SHORT = 8  # columns of this width are left whole on a narrow terminal
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -32,7 +33,7 @@ class Output:
     def result(self, data: dict[str, Any], text: str) -> None:
         """The command's result: `data` as one JSON object, or `text` for people."""
         if self.json:
-            click.echo(json.dumps(data, ensure_ascii=False))
+            click.echo(json.dumps(plain(data), ensure_ascii=False, allow_nan=False))
         elif not self.quiet:
             click.echo(text)
 
@@ -45,7 +46,7 @@ class Output:
     ) -> None:
         """A result with rows: a table on a terminal, tab-separated lines elsewhere, or JSON."""
         if self.json:
-            click.echo(json.dumps(data, ensure_ascii=False))
+            click.echo(json.dumps(plain(data), ensure_ascii=False, allow_nan=False))
         elif self.quiet:
             return
         elif sys.stdout.isatty():

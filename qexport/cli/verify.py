@@ -34,7 +34,7 @@ def verify(
     """
     spec = make_spec(VerifySpec, given, "verify")
     out = Output(as_json, quiet)
-    from qexport.report.rows import format_loss, recipe_lines
+    from qexport.report.rows import format_loss, format_perplexity, recipe_lines
     from qexport.verification.verify import require_within
     from qexport.verification.verify import verify as run
 
@@ -44,7 +44,7 @@ def verify(
         (
             role,
             scores.model,
-            f"{scores.perplexity.value:.3f} ±{scores.perplexity.standard_error:.3f}",
+            format_perplexity(scores.perplexity),
             "" if scores.bleu is None else f"{scores.bleu.value:.1f}",
             format_size(scores.size_bytes),
             f"{scores.bits_per_weight:.2f}",

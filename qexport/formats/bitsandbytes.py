@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -136,11 +137,16 @@ class BitsandbytesDecoder:
                 return f"{module}.weight"
         return None
 
+    def infos(self) -> dict[str, TensorInfo]:
+        """Names, dtypes and shapes of the full-precision tensors, in file order."""
+        return self._infos
+
     def is_quantized(self, name: str) -> bool:
         """Whether `name` is the weight of a quantized layer."""
         return name.endswith(".weight") and self._owner(name) == name
 
-    def infos(self) -> dict[str, TensorInfo]:
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
         """Full-precision tensors; a quantized layer's `weight` has the dtype it was made from."""
         infos: dict[str, TensorInfo] = {}
         for name, tensor in self.stored.items():

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -100,7 +101,8 @@ class GptqDecoder:
     bits: int
     zero_offset: int  # 1 where the file stores zero - 1
 
-    def infos(self) -> dict[str, TensorInfo]:
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
         """Full-precision tensors: a quantized layer's `weight` is fp16, as its scales are."""
         infos: dict[str, TensorInfo] = {}
         for name, tensor in self.stored.items():
@@ -108,10 +110,16 @@ class GptqDecoder:
             if f"{module}.qweight" not in self.stored or part not in _PARTS:
                 infos[name] = tensor
             elif part == "qweight":
+                if len(tensor.shape) != 2:
+                    raise CorruptFileError(f"{name} has {len(tensor.shape)} dimensions, expected 2")
                 rows, out = tensor.shape
                 shape = (out, rows * 32 // self.bits)
                 infos[f"{module}.weight"] = TensorInfo(f"{module}.weight", torch.float16, shape)
         return infos
+
+    def infos(self) -> dict[str, TensorInfo]:
+        """Names, dtypes and shapes of the full-precision tensors, in file order."""
+        return self._infos
 
     def is_quantized(self, name: str) -> bool:
         """Whether `name` is the weight of a packed layer."""

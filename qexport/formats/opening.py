@@ -20,7 +20,7 @@ def float_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that the config names, or else that of the first tensor of floats; fp16 at last."""
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-    if named in known:
+    if isinstance(named, str) and named in known:
         return known[named]
     floats = (t.dtype for t in checkpoint.stored.values() if t.dtype in known.values())
     return next(floats, torch.float16)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from qexport.calibrate.texts import read_documents, read_pairs
 from qexport.checkpoint.checkpoint import open_directory
 from qexport.checkpoint.hub import resolve
+from qexport.checkpoint.staging import require_space
 from qexport.errors import RecipeError
 from qexport.events import Event, Noted, OnEvent, ignore
 from qexport.graph.recipe import ExportRecipe
@@ -20,6 +22,9 @@ from qexport.graph.tasks import (
     VerifyTask,
 )
 from qexport.merging.merge import check_merge
+from qexport.modeling.architectures import architecture_of
+from qexport.modeling.skeleton import build_skeleton
+from qexport.modeling.tokenizer import load_tokenizer
 from qexport.quantization import planned_size
 from qexport.specs import AnyQuantizeSpec
 from qexport.verification.verify import evaluation_data
@@ -39,9 +44,12 @@ def build(recipe: ExportRecipe) -> list[Task]:
     """
     out = Path(recipe.output)
     tasks: list[Task] = []
-    source: Source = recipe.base
-    if recipe.adapters:
-        source = MergeTask("merge", out / "merged", recipe.base, recipe.adapters, recipe.merge)
+    # Hub ids become snapshots once: what an id points to may change while the recipe runs
+    base = str(resolve(recipe.base))
+    adapters = tuple(str(resolve(adapter)) for adapter in recipe.adapters)
+    source: Source = base
+    if adapters:
+        source = MergeTask("merge", out / "merged", base, adapters, recipe.merge)
         tasks.append(source)
     if recipe.shard:
         source = ShardTask("shard", out / "sharded", source, recipe.shard)
@@ -88,7 +96,13 @@ def plan(
     checkpoint = open_directory(base)
     if recipe.adapters:
         check_merge(recipe.base, recipe.adapters)
-    evaluation_data(recipe.verify)
+    text, pairs = evaluation_data(recipe.verify)
+    read_documents(text)
+    if pairs:
+        read_pairs(pairs)
+    skeleton = build_skeleton(base, trust_remote_code=trust_remote_code)
+    architecture_of(skeleton.model_type)
+    load_tokenizer(base, trust_remote_code=trust_remote_code)
     told: set[str] = set()
 
     def once(event: Event) -> None:
@@ -108,5 +122,7 @@ def plan(
         runs = any(need.name in running for need in task.needs) or not task.stands()
         if runs:
             running.add(task.name)
+            task.check()
         planned.append(Planned(task, runs, size))
+    require_space(Path(recipe.output), sum(step.size_bytes or 0 for step in planned if step.runs))
     return planned

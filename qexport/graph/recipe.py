@@ -25,9 +25,9 @@ from qexport.specs import (
 class ExportRecipe(Spec):
     """The keys of a recipe. Paths are relative to where qexport is called."""
 
-    base: str = Field(description="directory or Hub id of the base model")
+    base: str = Field(min_length=1, description="directory or Hub id of the base model")
     adapters: tuple[str, ...] = Field((), description="adapters to merge, one after the other")
-    output: str = Field(description="directory that all outputs go into")
+    output: str = Field(min_length=1, description="directory that all outputs go into")
     title: str = Field("qexport report", description="heading of the report")
     merge: MergeSpec = Field(MergeSpec(), description="how to merge")
     shard: ShardSpec | None = Field(None, description="write the merged model again in such files")
@@ -108,4 +108,5 @@ def _line(error: Any) -> str:
         near = difflib.get_close_matches(str(found), list(METHODS), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHODS)}"
         return f"{key}: unknown method {found!r}; {hint}"
-    return f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]}, found {error['input']!r}"
+    message = error["msg"].replace("valid tuple", "list")
+    return f"{key}: {message[:1].lower()}{message[1:]}, found {error['input']!r}"

@@ -7,12 +7,14 @@ its options and qexport's version, and when every file still has its hash.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qexport.checkpoint.checkpoint import read_json
+from qexport.checkpoint.disk import exists, is_file
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -22,14 +24,14 @@ from qexport.checkpoint.manifest import (
     stands,
 )
 from qexport.checkpoint.resharding import shard, shard_recipe
-from qexport.checkpoint.staging import write_file_atomically
-from qexport.errors import GateError, QexportError
+from qexport.checkpoint.staging import check_target, write_file_atomically
+from qexport.errors import GateError, OutputExistsError, QexportError
 from qexport.events import OnEvent
 from qexport.measure import Measured
 from qexport.merging.merge import merge, merge_recipe
 from qexport.quantization import quantize, quantize_recipe
-from qexport.report.rows import Row, make_row, report_json, report_markdown
-from qexport.results import Bleu, Evaluation, Perplexity
+from qexport.report.rows import MARK, Row, make_row, report_json, report_markdown
+from qexport.results import Bleu, Evaluation, Perplexity, plain
 from qexport.specs import (
     AnyQuantizeSpec,
     MergeSpec,
@@ -37,6 +39,8 @@ from qexport.specs import (
     VerifySpec,
 )
 from qexport.verification.verify import evaluate, evaluate_recipe
+
+REPORT_FILES = ("report.json", "report.md")
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class Task(ABC):
     def run(self, context: Context) -> None:
         """Makes the result anew."""
 
+    def check(self) -> None:  # noqa: B027 - most tasks have nothing to refuse
+        """Raises an InputError, before anything runs, when `run` would have to."""
+
 
 Source = Task | str
 
@@ -91,6 +98,13 @@ class ModelTask(Task):
     def make(self, context: Context, *, overwrite: bool) -> None:
         """Writes the model."""
 
+    def _ours(self) -> bool:
+        return is_file(self.out / MANIFEST_FILE)
+
+    def check(self) -> None:
+        """Raises OutputExistsError when something lies there that must not be replaced."""
+        check_target(self.out, overwrite=self._ours())
+
     def stands(self) -> bool:
         """By the manifest's key and the files' hashes."""
         return (self.out / MANIFEST_FILE).is_file() and stands(self.out, self.recipe().key)
@@ -98,7 +112,7 @@ class ModelTask(Task):
     def run(self, context: Context) -> None:
         """Replaces what qexport itself made before, and nothing else; notes what it cost."""
         with Measured() as cost:
-            self.make(context, overwrite=(self.out / MANIFEST_FILE).is_file())
+            self.make(context, overwrite=self._ours())
         costs = {"seconds": round(cost.seconds, 3), "peak_bytes": cost.peak_bytes}
         add_figures(self.out, costs)
 
@@ -217,7 +231,7 @@ class VerifyTask(Task):
             trust_remote_code=context.trust_remote_code,
             on_event=context.on_event,
         )
-        content = {"key": self._key(), "scores": asdict(scores)}
+        content = plain({"key": self._key(), "scores": asdict(scores)})
         write_file_atomically(self.out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         if isinstance(self.source, Task):
             figures: dict[str, Any] = {
@@ -234,6 +248,9 @@ class VerifyTask(Task):
         """The result, read back."""
         raw = read_json(self.out)["scores"]
         perplexity = raw.pop("perplexity")
+        for name in ("value", "standard_error"):
+            if perplexity[name] is None:  # JSON has no NaN and no infinity
+                perplexity[name] = math.nan if name == "standard_error" else math.inf
         for name in ("unit_nll", "unit_tokens"):
             perplexity[name] = tuple(perplexity[name])
         bleu = raw.pop("bleu")
@@ -269,6 +286,18 @@ class ReportTask(Task):
         """Never: writing it costs nothing."""
         return False
 
+    def check(self) -> None:
+        """Raises OutputExistsError when a report lies there that is not ours."""
+        ours = self.out / REPORT_FILES[0]
+        if is_file(ours) and MARK in read_json(ours):
+            return
+        for name in REPORT_FILES:
+            if exists(self.out / name):
+                raise OutputExistsError(
+                    f"{self.out / name} is there already and is no report of qexport's",
+                    remedy="move it away, or choose another output",
+                )
+
     def rows(self) -> list[Row]:
         """The full-precision model first, then the variants in the recipe's order."""
         full = self.reference.scores()
@@ -289,11 +318,13 @@ class ReportTask(Task):
         return rows
 
     def run(self, context: Context) -> None:
-        """Writes both files."""
+        """Writes both files, over nothing but an earlier report of ours."""
+        self.check()
         rows, full = self.rows(), self.reference.scores()
-        content = json.dumps(report_json(self.title, rows, full), indent=2, ensure_ascii=False)
-        write_file_atomically(self.out / "report.json", content + "\n")
-        write_file_atomically(self.out / "report.md", report_markdown(self.title, rows, full))
+        content = json.dumps(plain(report_json(self.title, rows, full)), indent=2, ensure_ascii=False)
+        texts = (content + "\n", report_markdown(self.title, rows, full))
+        for name, text in zip(REPORT_FILES, texts, strict=True):
+            write_file_atomically(self.out / name, text)
 
 
 def require_all_within(rows: list[Row], max_loss: float | None) -> None:

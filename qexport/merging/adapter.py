@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from qexport.merging.lora import lora_scale
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight")
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # PEFT saves the base's own matrix along when an embedding or the output head is adapted
 _COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
 
@@ -95,6 +97,12 @@ def _require_supported(path: Path, config: Mapping[str, Any]) -> None:
     }.items():
         if config.get(option):
             raise AdapterError(f"{path} uses {what}", expected="plain LoRA and rsLoRA can be merged so far")
+    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
+        raise AdapterError(
+            f"{path} was initialised by {init}, which changed the base's own weights",
+            expected="adapters that leave their base as it was can be merged so far",
+            remedy="save it converted: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)",
+        )
     if config.get("bias", "none") != "none":
         raise AdapterError(
             f"{path} was trained with bias={config['bias']!r}",
@@ -107,7 +115,7 @@ def _pairs(path: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTe
     unknown = []
     for name, tensor in tensors.items():
         match = _KEY.fullmatch(name)
-        if match is None or len(tensor.shape) != 2:
+        if match is None or len(tensor.shape) != 2 or not tensor.dtype.is_floating_point:
             unknown.append(name)
         else:
             sides.setdefault(match["module"], {})[match["side"]] = tensor
@@ -133,13 +141,20 @@ def _pairs(path: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTe
 
 def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
     patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{path}: alpha_pattern is no object of names and numbers")
     alpha = config.get("lora_alpha")
     for pattern, value in patterns.items():
-        # PEFT's rule: the pattern is a whole name or its end after a dot (tuners_utils,
-        # get_pattern_key). Taken literally here: a regex out of a downloaded file is not run.
+        # PEFT's rule: the pattern, a regular expression, matches a whole name or its end after a dot
+        # (tuners_utils, get_pattern_key). One out of a downloaded file is not run: names only.
+        if not re.fullmatch(r"[\w.]+", pattern):
+            raise AdapterError(
+                f"{path}: alpha_pattern has the regular expression {pattern!r}",
+                expected="names of modules, or their ends, can be merged so far",
+            )
         if module == pattern or module.endswith(f".{pattern}"):
             alpha = value
             break
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
         raise AdapterError(f"{path}: lora_alpha is {alpha!r}", expected="a number")
     return lora_scale(alpha, rank, rank_stabilized=bool(config.get("use_rslora")))

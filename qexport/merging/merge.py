@@ -9,13 +9,15 @@ from pathlib import Path
 import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint, open_directory
-from qexport.checkpoint.finiteness import is_finite, non_finite_error
+from qexport.checkpoint.disk import is_file
+from qexport.checkpoint.finiteness import is_finite, non_finite_error, require_finite
 from qexport.checkpoint.hub import resolve
-from qexport.checkpoint.manifest import Recipe, fingerprint
+from qexport.checkpoint.manifest import Recipe, file_hash, fingerprint
 from qexport.checkpoint.safetensors_file import read_tensor
+from qexport.checkpoint.sidecars import sidecar_files
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.errors import AdapterError, UnsupportedModelError
-from qexport.events import Advanced, Finished, OnEvent, Started, ignore
+from qexport.events import Advanced, Finished, Noted, OnEvent, Started, ignore
 from qexport.merging.adapter import Adapter, LoraPair, open_adapter
 from qexport.merging.lora import merge_lora
 from qexport.specs import MergeSpec
@@ -49,6 +51,15 @@ def merge(
     spec = spec or MergeSpec()
     checkpoint, opened = check_merge(base, adapters)
     base_path = checkpoint.path
+    for adapter in opened:
+        own = [str(file) for file in sidecar_files(adapter.path) if _differs(adapter.path, base_path, file)]
+        if own:
+            on_event(
+                Noted(
+                    f"{adapter.path} brings its own {', '.join(own)}: the base's are kept; copy them over "
+                    "if the fine-tune was trained with them"
+                )
+            )
     infos = [checkpoint.info(name) for name in checkpoint.names()]
     with CheckpointWriter(
         Path(out),
@@ -74,9 +85,16 @@ def merge(
     return open_directory(Path(out))
 
 
-def check_merge(base: str | Path, adapters: Sequence[str | Path]) -> tuple[Checkpoint, list[Adapter]]:
-    """Opens base and adapters and sees whether they fit, before anything is read or written.
+def _differs(adapter: Path, base: Path, file: Path) -> bool:
+    """Whether the adapter's tokenizer or template file is another than the base's."""
+    chosen = file.suffix == ".jinja" or file.name.startswith(("tokenizer", "chat_template"))
+    return chosen and not (is_file(base / file) and file_hash(base / file) == file_hash(adapter / file))
 
+
+def check_merge(base: str | Path, adapters: Sequence[str | Path]) -> tuple[Checkpoint, list[Adapter]]:
+    """Opens base and adapters and sees whether they fit, before anything is written.
+
+    The adapters' matrices are read, one at a time: NaN in them is told now.
     Raises the InputError that `merge` would.
     """
     if not adapters:
@@ -91,6 +109,14 @@ def check_merge(base: str | Path, adapters: Sequence[str | Path]) -> tuple[Check
         )
     for adapter in opened:
         _require_fit(checkpoint, adapter)
+        broken = [
+            f"{module}.lora_{side}"
+            for module, pair in adapter.pairs.items()
+            for side, tensor in (("A", pair.a), ("B", pair.b))
+            if not is_finite(read_tensor(tensor))
+        ]
+        if broken:
+            raise non_finite_error(str(adapter.path), broken)
     return checkpoint, opened
 
 
@@ -102,7 +128,7 @@ def _pairs_of(name: str, adapters: Sequence[Adapter]) -> list[LoraPair]:
 def _merge_tensor(checkpoint: Checkpoint, name: str, pairs: Sequence[LoraPair]) -> torch.Tensor:
     weight = checkpoint.read(name)
     if not is_finite(weight):
-        raise non_finite_error(str(checkpoint.path), [name])
+        require_finite(checkpoint)  # names all of them
     merged = weight.float() if len(pairs) > 1 else weight  # one rounding, at the end
     for pair in pairs:
         merged = merge_lora(merged, read_tensor(pair.a), read_tensor(pair.b), pair.scale)

@@ -44,6 +44,5 @@ def architecture_of(model_type: str) -> Architecture:
     known = ", ".join(name for row in ARCHITECTURES for name in row.model_types)
     raise UnsupportedModelError(
         f"there is no architecture row for {model_type!r}",
-        expected=f"calibration and streaming know {known}",
-        remedy="method bnb needs no row",
+        expected=f"GPTQ and verify know {known}; bnb and rtn need no row",
     )

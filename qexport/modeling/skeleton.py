@@ -32,6 +32,11 @@ class Skeleton:
         found = getattr(self.config, "max_position_embeddings", None)
         return found if isinstance(found, int) and found > 0 else None
 
+    @property
+    def tied(self) -> bool:
+        """Whether the model ties its output head to its input embedding."""
+        return bool(getattr(self.config, "tie_word_embeddings", False))
+
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that a checkpoint of this model holds, tied pairs under both names."""
         return {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}

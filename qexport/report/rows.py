@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from qexport.results import Evaluation
+from qexport.results import Evaluation, Perplexity
 from qexport.sizes import format_size
 from qexport.verification.perplexity import relative_difference
+from qexport.version import __version__
 
+MARK = "qexport"  # the key of report.json that tells whose it is
 COLUMNS = (
     "variant",
     "method",
@@ -49,7 +51,7 @@ class Row:
             str(self.bits),
             f"{self.bits_per_weight:.2f}",
             format_size(self.size_bytes),
-            f"{_number(self.perplexity)} ±{_number(self.perplexity_se)}",
+            _number(self.perplexity) + _error(_number(self.perplexity_se)),
             "" if self.loss is None else format_loss(self.loss, self.loss_se),
             "" if self.bleu is None else f"{self.bleu:.1f}",
             "" if self.seconds is None else f"{self.seconds:.1f} s",
@@ -57,13 +59,23 @@ class Row:
         )
 
 
+def _error(text: str) -> str:
+    """A standard error behind its value; nothing where a single unit leaves it unknown."""
+    return "" if text == "nan" else f" ±{text}"
+
+
 def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
 
 
+def format_perplexity(score: Perplexity) -> str:
+    """A perplexity with its standard error: 12.345 ±0.678."""
+    return _number(score.value) + _error(_number(score.standard_error))
+
+
 def format_loss(loss: float, standard_error: float | None) -> str:
     """A rise of perplexity in per cent, with its standard error: +1.23% ±0.10."""
-    error = "" if standard_error is None else f" ±{100 * standard_error:.2f}"
+    error = "" if standard_error is None else _error(f"{100 * standard_error:.2f}")
     return f"{100 * loss:+.2f}%{error}" if abs(loss) < 10 else f"{100 * loss:+.3g}%"
 
 
@@ -113,6 +125,7 @@ def recipe_lines(scores: Evaluation) -> list[str]:
 def report_json(title: str, rows: Sequence[Row], reference: Evaluation) -> dict[str, Any]:
     """The content of report.json."""
     return {
+        MARK: __version__,
         "title": title,
         "rows": [asdict(row) for row in rows],
         "perplexity_recipe": dict(reference.perplexity.recipe),

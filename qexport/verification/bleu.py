@@ -20,15 +20,19 @@ def greedy_answers(
     max_new_tokens: int,
     batch_size: int,
     one_line: bool,
+    ends: Sequence[int] = (),
     on_event: OnEvent = ignore,
 ) -> list[str]:
     """The model's most likely continuation of every prompt, up to its end token.
 
-    With `one_line` an answer ends at its first line break. Prompts go through the chat template where
+    An answer ends at one of `ends`, by default at the tokenizer's EOS, and with `one_line` at its first
+    line break. Prompts go through the chat template where
     the tokenizer has one. Batches are padded on the left, longest prompts first.
     """
     encoded = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    if not ends and tokenizer.eos_token_id is not None:
+        ends = (tokenizer.eos_token_id,)
     order = sorted(range(len(encoded)), key=lambda n: -len(encoded[n]))
     answers = [""] * len(encoded)
     stop = {"stop_strings": ["\n"], "tokenizer": tokenizer} if one_line else {}
@@ -48,6 +52,7 @@ def greedy_answers(
             do_sample=False,
             num_beams=1,
             pad_token_id=pad,
+            eos_token_id=list(ends) or None,
             **stop,
         )
         for row, n in enumerate(chosen):

@@ -39,13 +39,16 @@ def perplexity(
             raise NonFiniteError(f"{stream.block_name(index)} gives NaN or infinity on the text")
         on_event(Advanced(1, stream.block_name(index)))
     sums = [0.0] * len(windows)
-    for batch, tokens, logits in zip(chosen, batches, stream.logits(batches, hidden), strict=True):
-        for row, n in enumerate(batch):
-            first, end = windows[n].first, len(windows[n].tokens)
-            nll = torch.nn.functional.cross_entropy(
-                logits[row, first - 1 : end - 1], tokens[row, first:end], reduction="none"
-            )
-            sums[n] = float(nll.double().sum())
+    # a row at a time: with a vocabulary of 150 000 the logits of a batch would be gigabytes
+    rows = [(n, b, row) for b, batch in enumerate(chosen) for row, n in enumerate(batch)]
+    singles = [batches[b][row : row + 1, : len(windows[n].tokens)] for n, b, row in rows]
+    finals = [hidden[b][row : row + 1, : len(windows[n].tokens)] for n, b, row in rows]
+    for (n, _, _), tokens, logits in zip(rows, singles, stream.logits(singles, finals), strict=True):
+        first = windows[n].first
+        nll = torch.nn.functional.cross_entropy(
+            logits[0, first - 1 : -1], tokens[0, first:], reduction="none"
+        )
+        sums[n] = float(nll.double().sum())
     on_event(Advanced(1, "output head"))
     on_event(Finished())
     return summarize(*_units(windows, sums), recipe)

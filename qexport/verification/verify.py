@@ -10,11 +10,14 @@ import torch
 from qexport.calibrate.texts import read_documents, read_pairs
 from qexport.calibrate.windows import opening_token, scored_windows
 from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.checkpoint.embedded import is_embedded
 from qexport.checkpoint.manifest import Recipe, file_hash, fingerprint, installed_versions
 from qexport.errors import CalibrationError, GateError
-from qexport.events import OnEvent, ignore
+from qexport.events import Noted, OnEvent, ignore
 from qexport.formats.opening import open_checkpoint
+from qexport.modeling.architectures import architecture_of
 from qexport.modeling.blocks import BlockStream
+from qexport.modeling.generation import end_tokens
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.modeling.whole import load_whole
@@ -34,7 +37,7 @@ def evaluate_recipe(model: Path, spec: VerifySpec) -> Recipe:
     if pairs:
         inputs["pairs"] = file_hash(pairs)
     options = spec.model_dump(exclude={"text", "pairs", "max_loss"})
-    return Recipe("evaluate", options, inputs)
+    return Recipe("evaluate", options, inputs, ("torch", "transformers", "sacrebleu"))
 
 
 def evaluation_data(spec: VerifySpec) -> tuple[Path, Path | None]:
@@ -65,11 +68,15 @@ def evaluate(
     checkpoint = open_checkpoint(model)
     path = checkpoint.path
     skeleton = build_skeleton(path, trust_remote_code=trust_remote_code)
+    architecture_of(skeleton.model_type)
+    if not spec.text and not is_embedded(path):
+        on_event(Noted("scoring on the package's own little text; name one of your model's kind: --text"))
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    check_integrity(checkpoint, skeleton, on_event)
+    checked = check_integrity(checkpoint, skeleton, on_event)
 
     length = min(spec.window, skeleton.max_length or spec.window)
-    stride = min(spec.stride or max(length // 2, 1), length)
+    # a scored token needs one before it in its window
+    stride = min(spec.stride or max(length // 2, 1), length - 1)
     windows = scored_windows(documents, tokenizer, length=length, stride=stride)
     largest = max(max(window.tokens) for window in windows)
     if largest >= skeleton.config.vocab_size:
@@ -91,7 +98,7 @@ def evaluate(
         answered = _bleu(checkpoint, skeleton, tokenizer, pairs, spec, on_event)
     parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
     size = checkpoint.weights_size
-    return Evaluation(str(path), size, round(8 * size / parameters, 4), score, answered)
+    return Evaluation(str(path), size, round(8 * size / parameters, 4), checked, score, answered)
 
 
 def _bleu(
@@ -112,6 +119,7 @@ def _bleu(
         max_new_tokens=spec.max_new_tokens,
         batch_size=spec.batch_size,
         one_line=one_line,
+        ends=end_tokens(checkpoint.path, checkpoint.config, tokenizer),
         on_event=on_event,
     )
     recipe = {
