@@ -246,7 +246,7 @@ def test_a_checkpoint_that_is_not_its_configs_model_is_refused_at_once(llama: Pa
 
 def test_experts_are_not_left_out_in_silence(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "model", model_type="mixtral", tied=False, num_local_experts=2)
-    with pytest.raises(UnsupportedModelError, match="does not hold the model of its config.json"):
+    with pytest.raises(UnsupportedModelError, match=r"does not hold the model of its config.json"):
         qexport.quantize(path, tmp_path / "out", RtnSpec())
 
 
