@@ -3,8 +3,8 @@
     python benchmarks/memory.py
 
 Makes Llama-shaped checkpoints of random bf16 weights on the spot (hidden 1024, MLP 2816, 32 000 tokens) with
-an adapter on all linear layers, and prints a Markdown table: the peak resident memory of each step's
-process, for both depths (its seconds go to stderr). Python, torch and transformers are in it; the first row shows what
+an adapter on all linear layers, and prints a Markdown table: the peak resident memory of each step's process,
+for both depths (its seconds go to stderr). Python, torch and transformers are in it; the first row shows what
 they take without any work. Takes about 2.2 GB of disk and a few minutes.
 """
 

@@ -53,7 +53,7 @@ def _calibration_path(spec: CalibrationSpec) -> Path:
     path = Path(spec.calibration) if spec.calibration else calibration_text()
     if not path.is_file():
         raise CalibrationError(
-            f"the calibration text {path} does not exist",
+            f"the calibration text {path} is no file",
             expected="a text, JSON or JSON-lines file",
         )
     return path

@@ -23,6 +23,20 @@ def test_version_and_help(cli: RunCli) -> None:
     assert all(command in out for command in COMMANDS)
 
 
+def test_no_command_shows_the_help(cli: RunCli) -> None:
+    code, out, err = cli()
+    assert (code, out) == (2, "")
+    assert "Commands:\n" in err
+
+
+def test_a_full_stdout_is_told(llama: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    command = f"{sys.executable} -m qexport --help > /dev/full"
+    ran = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (2, "error: cannot write the result: No space left on device\n")
+
+
 def test_summaries_of_the_commands_are_their_own(cli: RunCli) -> None:
     from importlib import import_module
 

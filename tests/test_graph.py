@@ -90,7 +90,7 @@ def test_only_what_changed_is_made_anew(content: dict[str, Any], tmp_path: Path)
 def test_an_output_of_somebody_elses_is_not_replaced(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "out" / "merged").mkdir(parents=True)
     (tmp_path / "out" / "merged" / "config.json").write_text("{}")
-    with pytest.raises(OutputExistsError, match="is there already"):
+    with pytest.raises(OutputExistsError, match="is there already and was not made by qexport"):
         qexport.export(parsed(content))
 
 
@@ -167,8 +167,9 @@ def test_everything_is_checked_before_anything_runs(
         ({"output": ""}, "output: string should have at least 1 character"),
         (
             {"shard": {"max_shard_size": "5 elephants"}},
-            "shard.max_shard_size: value error, '5 elephants' is not a size",
+            "shard.max_shard_size: '5 elephants' is not a size",
         ),
+        ({"verify": None, "merge": 3}, "merge: input should have keys of its own, found 3"),
         ({"verify": {"windw": 3}}, "unknown key 'verify.windw'; did you mean 'window'?"),
         ({"quantize": [{"method": "gtpq"}]}, "unknown method 'gtpq'; did you mean 'gptq'?"),
         ({"quantize": [{"bits": 4}]}, "unknown method None; known are bnb, gptq, rtn"),

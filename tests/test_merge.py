@@ -189,6 +189,14 @@ def test_nan_is_named(llama: Path, tmp_path: Path) -> None:
     refused(llama, adapter, tmp_path / "out", NonFiniteError, "the merged model has NaN or infinity in")
 
 
+def test_merging_twice_is_refused(llama: Path, tmp_path: Path) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", llama)
+    with pytest.raises(AdapterError, match="is named twice; once: merging again doubles its change"):
+        qexport.merge(llama, [adapter, adapter], tmp_path / "out")
+    qexport.merge(llama, [adapter], tmp_path / "out")
+    refused(tmp_path / "out", adapter, tmp_path / "again", AdapterError, "is merged into .*out already")
+
+
 def test_a_quantized_base_is_refused(llama: Path, tmp_path: Path) -> None:
     adapter = tiny_adapter(tmp_path / "adapter", llama)
     qexport.quantize(llama, tmp_path / "four", BnbSpec())

@@ -174,6 +174,25 @@ def test_tokenizers_that_differ(llama: Path, text: Path, tmp_path: Path) -> None
         qexport.verify(llama, other, VerifySpec(text=str(text)))
 
 
+def test_bytes_that_qexport_did_not_write_are_noticed(llama: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    qexport.quantize(llama, out, RtnSpec())
+    spec = VerifySpec(text=str(text), max_documents=2)
+    assert qexport.evaluate(out, spec).tensors_checked == 20
+    weights = bytearray((out / "model.safetensors").read_bytes())
+    weights[-1] ^= 1  # still a whole file of finite numbers
+    (out / "model.safetensors").write_bytes(weights)
+    with pytest.raises(VerificationError, match=r"model.safetensors changed since qexport wrote it"):
+        qexport.evaluate(out, spec)
+
+
+def test_the_candidate_is_looked_at_before_the_reference_is_scored(llama: Path, text: Path) -> None:
+    events: list[Any] = []
+    with pytest.raises(qexport.errors.CheckpointNotFoundError):
+        qexport.verify(llama, Path("nowhere"), VerifySpec(text=str(text)), on_event=events.append)
+    assert events == []
+
+
 def test_a_lost_output_head_is_no_tie(text: Path, tmp_path: Path) -> None:
     """transformers would load a random head: Llama's config class does not tie by itself."""
     path = tiny_model(tmp_path / "model", tied=False)

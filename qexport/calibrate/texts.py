@@ -40,16 +40,19 @@ def read_text(path: Path) -> str:
 
 
 def _records(content: str, path: Path) -> list[tuple[int, Any]]:
-    try:
-        if content.lstrip().startswith("["):
-            return list(enumerate(json.loads(content), start=1))
-        lines = enumerate(content.splitlines(), start=1)
-        return [(number, json.loads(line)) for number, line in lines if line.strip()]
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(
-            f"{path} is neither JSON nor JSON lines: {error}",
-            expected='records such as {"text": "..."}',
-        ) from error
+    def parsed(text: str, where: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(
+                f"{path} is neither JSON nor JSON lines: {where}{error}",
+                expected='records such as {"text": "..."}',
+            ) from error
+
+    if content.lstrip().startswith("["):
+        return list(enumerate(parsed(content, ""), start=1))
+    lines = enumerate(content.splitlines(), start=1)
+    return [(number, parsed(line, f"line {number}: ")) for number, line in lines if line.strip()]
 
 
 def _text_of(record: Any, path: Path, number: int) -> str:
@@ -59,7 +62,8 @@ def _text_of(record: Any, path: Path, number: int) -> str:
         return str(record["text"])
     found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
     raise CalibrationError(
-        f"record {number} of {path} has no text (it has {found})", expected='{"text": "..."}'
+        f'record {number} of {path} has no "text" that is a text (it has {found})',
+        expected='{"text": "..."}',
     )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qexport.checkpoint.checkpoint import CONFIG_FILE, read_json
-from qexport.checkpoint.disk import read_errors
+from qexport.checkpoint.disk import is_file, read_errors
 from qexport.checkpoint.sharding import INDEX_FILE
 from qexport.checkpoint.sidecars import sidecar_files
 from qexport.checkpoint.staging import write_file_atomically
@@ -148,6 +148,25 @@ def stands(directory: Path, key: str) -> bool:
         )
     except (QexportError, OSError, KeyError, TypeError, AttributeError, IndexError):
         return False
+
+
+def changed_files(directory: Path) -> list[str]:
+    """Files of an output whose bytes are no longer those that its manifest records, or that are gone.
+
+    Empty for a directory that qexport did not make.
+    """
+    if not (directory / MANIFEST_FILE).is_file():
+        return []
+    records = read_json(directory / MANIFEST_FILE).get("files")
+    if not isinstance(records, dict):
+        return [MANIFEST_FILE]
+    return sorted(
+        name
+        for name, record in records.items()
+        if ".." in Path(name).parts
+        or not is_file(directory / name)
+        or file_hash(directory / name) != record.get("sha256")
+    )
 
 
 def read_figures(directory: Path) -> dict[str, Any]:

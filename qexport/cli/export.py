@@ -44,17 +44,24 @@ def show_plan(recipe: ExportRecipe, out: Output, *, trust_remote_code: bool = Fa
     rows = [
         (
             step.task.name,
-            ", ".join(need.name for need in step.task.needs),
-            "" if step.size_bytes is None else format_size(step.size_bytes),
             "runs" if step.runs else "stands",
+            "" if step.size_bytes is None else format_size(step.size_bytes),
             str(step.task.out),
         )
         for step in planned
     ]
     total = sum(step.size_bytes or 0 for step in planned if step.runs)
-    names = ("task", "needs", "size", "state", "output")
-    data = {"tasks": [dict(zip(names, row, strict=True)) for row in rows], "bytes": total}
-    out.table("dry run", names, rows, data)
+    tasks = [
+        {
+            "task": step.task.name,
+            "needs": [need.name for need in step.task.needs],
+            "runs": step.runs,
+            "size_bytes": step.size_bytes,
+            "output": str(step.task.out),
+        }
+        for step in planned
+    ]
+    out.table("dry run", ("task", "state", "size", "output"), rows, {"tasks": tasks, "size_bytes": total})
     if not out.json:
         out.note(f"{format_size(total)} would be written")
 

@@ -95,6 +95,9 @@ def run(arguments: list[str] | None) -> int:
     try:
         result: Any = cli.main(arguments, prog_name="qexport", standalone_mode=False)
         sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return 2
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         see = f"; see {context.command_path} --help" if context else ""
@@ -109,7 +112,12 @@ def run(arguments: list[str] | None) -> int:
     except BrokenPipeError:
         # the reader of stdout went away; nothing more can be told to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        # files have told their own by now; what is left is stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _complain(f"cannot write the result: {error.strerror or error}")
+        return 2
     except MemoryError:
         _complain("out of memory; nothing unfinished was left behind")
         return 2

@@ -14,6 +14,7 @@ import click
 from qexport.events import Advanced, Event, Finished, Noted, OnEvent, Started
 from qexport.results import plain
 
+_ROOM_FOR_NAMES = 130  # columns from which a bar tells the tensor at hand too
 _SHORT = 8  # columns of this width are left whole on a narrow terminal
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -71,6 +72,7 @@ class Output:
             BarColumn,
             MofNCompleteColumn,
             Progress,
+            ProgressColumn,
             SpinnerColumn,
             TextColumn,
             TimeElapsedColumn,
@@ -78,7 +80,7 @@ class Output:
         )
 
         console = Console(stderr=True)
-        columns = (
+        columns: tuple[ProgressColumn, ...] = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -88,8 +90,9 @@ class Output:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[what]}"),
         )
+        if console.width >= _ROOM_FOR_NAMES:
+            columns = (*columns, TextColumn("[dim]{task.fields[what]}"))
         with Progress(*columns, console=console, transient=True) as progress:
             yield _ProgressListener(progress, self)
 

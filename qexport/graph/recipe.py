@@ -108,5 +108,7 @@ def _line(error: Any) -> str:
         near = difflib.get_close_matches(str(found), list(METHODS), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHODS)}"
         return f"{key}: unknown method {found!r}; {hint}"
-    message = error["msg"].replace("valid tuple", "list")
+    message = error["msg"].replace("valid tuple", "list").removeprefix("Value error, ")
+    if kind == "model_type":
+        message = "input should have keys of its own"
     return f"{key}: {message[:1].lower()}{message[1:]}, found {error['input']!r}"

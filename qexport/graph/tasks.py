@@ -103,7 +103,12 @@ class ModelTask(Task):
 
     def check(self) -> None:
         """Raises OutputExistsError when something lies there that must not be replaced."""
-        check_target(self.out, overwrite=self._ours())
+        if not self._ours() and exists(self.out) and not (self.out.is_dir() and not any(self.out.iterdir())):
+            raise OutputExistsError(
+                f"{self.out} is there already and was not made by qexport",
+                remedy="move it away, or choose another output in the recipe",
+            )
+        check_target(self.out, overwrite=True)
 
     def stands(self) -> bool:
         """By the manifest's key and the files' hashes."""

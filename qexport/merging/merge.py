@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from qexport.checkpoint.checkpoint import Checkpoint, open_directory
+from qexport.checkpoint.checkpoint import Checkpoint, open_directory, read_json
 from qexport.checkpoint.disk import is_file
 from qexport.checkpoint.finiteness import is_finite, non_finite_error, require_finite
 from qexport.checkpoint.hub import resolve
-from qexport.checkpoint.manifest import Recipe, file_hash, fingerprint
+from qexport.checkpoint.manifest import MANIFEST_FILE, Recipe, file_hash, fingerprint
 from qexport.checkpoint.safetensors_file import read_tensor
 from qexport.checkpoint.sidecars import sidecar_files
 from qexport.checkpoint.writer import CheckpointWriter
@@ -85,6 +85,17 @@ def merge(
     return open_directory(Path(out))
 
 
+def merged_before(base: Path) -> set[str]:
+    """Hashes of the adapters that the base, when qexport made it, was merged from."""
+    if not is_file(base / MANIFEST_FILE):
+        return set()
+    recipe = read_json(base / MANIFEST_FILE).get("recipe")
+    inputs = recipe.get("inputs") if isinstance(recipe, dict) else None
+    return (
+        {str(v) for k, v in inputs.items() if k.startswith("adapter")} if isinstance(inputs, dict) else set()
+    )
+
+
 def _differs(adapter: Path, base: Path, file: Path) -> bool:
     """Whether the adapter's tokenizer or template file is another than the base's."""
     chosen = file.suffix == ".jinja" or file.name.startswith(("tokenizer", "chat_template"))
@@ -101,6 +112,14 @@ def check_merge(base: str | Path, adapters: Sequence[str | Path]) -> tuple[Check
         raise AdapterError("no adapter was given", remedy="name one with -a")
     opened = [open_adapter(adapter) for adapter in adapters]
     checkpoint = open_directory(resolve(base))
+    marks = [fingerprint(adapter.path) for adapter in opened]
+    held = merged_before(checkpoint.path)
+    for n, (adapter, mark) in enumerate(zip(opened, marks, strict=True)):
+        if mark in held or mark in marks[:n]:
+            where = f"merged into {checkpoint.path} already" if mark in held else "named twice"
+            raise AdapterError(
+                f"{adapter.path} is {where}", expected="once: merging again doubles its change"
+            )
     if checkpoint.quantization:
         raise UnsupportedModelError(
             f"{checkpoint.path} is quantized ({checkpoint.quantization.get('quant_method')})",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.finiteness import is_finite
+from qexport.checkpoint.manifest import changed_files
 from qexport.errors import VerificationError
 from qexport.events import Advanced, Finished, OnEvent, Started, ignore
 from qexport.modeling.skeleton import Skeleton
@@ -13,9 +14,12 @@ from qexport.modeling.structure import structure_problems, told
 def check_integrity(checkpoint: Checkpoint, skeleton: Skeleton, on_event: OnEvent = ignore) -> int:
     """Decodes every tensor of `checkpoint` and holds it against the model; returns how many there are.
 
-    Raises VerificationError that names what is missing, unexpected, misshapen or not finite.
+    The bytes of what qexport made are held against the hashes in its manifest first.
+    Raises VerificationError that names what changed, is missing, unexpected, misshapen or not finite.
     """
     problems = structure_problems(checkpoint, skeleton)
+    if changed := changed_files(checkpoint.path):
+        problems.append(f"{', '.join(changed[:3])} changed since qexport wrote it")
     names = list(checkpoint.names())
     on_event(Started("check tensors", len(names), "tensors"))
     if not problems:

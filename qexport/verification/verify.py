@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qexport.calibrate.texts import read_documents, read_pairs
-from qexport.calibrate.windows import opening_token, scored_windows
+from qexport.calibrate.windows import ScoredWindow, opening_token, scored_windows
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.embedded import is_embedded
 from qexport.checkpoint.manifest import Recipe, file_hash, fingerprint, installed_versions
@@ -63,8 +64,29 @@ def evaluate(
     Raises InputError for what cannot be read, VerificationError for a model that is not whole.
     """
     spec = spec or VerifySpec()
-    text, pairs = evaluation_data(spec)
+    return _score(_prepare(model, spec, trust_remote_code, on_event), on_event)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A model that was found whole, and the data that it will be scored on."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    tokenizer: Any
+    tensors_checked: int
+    windows: list[ScoredWindow]
+    recipe: dict[str, Any]
+    pairs_file: Path | None
+    pairs: list[tuple[str, str]]
+    spec: VerifySpec
+
+
+def _prepare(model: str | Path, spec: VerifySpec, trust_remote_code: bool, on_event: OnEvent) -> _Ready:
+    """Everything that can be refused, before anything is scored."""
+    text, pairs_file = evaluation_data(spec)
     documents = read_documents(text)[: spec.max_documents]
+    pairs = read_pairs(pairs_file)[: spec.max_pairs] if pairs_file else []
     checkpoint = open_checkpoint(model)
     path = checkpoint.path
     skeleton = build_skeleton(path, trust_remote_code=trust_remote_code)
@@ -92,42 +114,38 @@ def evaluate(
         "dtype": "float32",
         "versions": installed_versions(),
     }
-    score = perplexity(BlockStream(skeleton, checkpoint), windows, recipe, on_event)
-    answered = None
-    if pairs:
-        answered = _bleu(checkpoint, skeleton, tokenizer, pairs, spec, on_event)
+    return _Ready(checkpoint, skeleton, tokenizer, checked, windows, recipe, pairs_file, pairs, spec)
+
+
+def _score(ready: _Ready, on_event: OnEvent) -> Evaluation:
+    checkpoint = ready.checkpoint
+    score = perplexity(BlockStream(ready.skeleton, checkpoint), ready.windows, ready.recipe, on_event)
+    answered = _bleu(ready, ready.pairs_file, on_event) if ready.pairs_file else None
     parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
     size = checkpoint.weights_size
-    return Evaluation(str(path), size, round(8 * size / parameters, 4), checked, score, answered)
+    bits = round(8 * size / parameters, 4)
+    return Evaluation(str(checkpoint.path), size, bits, ready.tensors_checked, score, answered)
 
 
-def _bleu(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
-    tokenizer: Any,
-    pairs_file: Path,
-    spec: VerifySpec,
-    on_event: OnEvent,
-) -> Bleu:
-    pairs = read_pairs(pairs_file)[: spec.max_pairs]
-    references = [reference for _, reference in pairs]
+def _bleu(ready: _Ready, pairs_file: Path, on_event: OnEvent) -> Bleu:
+    references = [reference for _, reference in ready.pairs]
     one_line = not any("\n" in reference.strip() for reference in references)
     answers = greedy_answers(
-        load_whole(skeleton, checkpoint, torch.float32),
-        tokenizer,
-        [prompt for prompt, _ in pairs],
-        max_new_tokens=spec.max_new_tokens,
-        batch_size=spec.batch_size,
+        load_whole(ready.skeleton, ready.checkpoint, torch.float32),
+        ready.tokenizer,
+        [prompt for prompt, _ in ready.pairs],
+        max_new_tokens=ready.spec.max_new_tokens,
+        batch_size=ready.spec.batch_size,
         one_line=one_line,
-        ends=end_tokens(checkpoint.path, checkpoint.config, tokenizer),
+        ends=end_tokens(ready.checkpoint.path, ready.checkpoint.config, ready.tokenizer),
         on_event=on_event,
     )
     recipe = {
         "data": file_hash(pairs_file),
-        "pairs": len(pairs),
+        "pairs": len(ready.pairs),
         "decoding": "greedy",
-        "max_new_tokens": spec.max_new_tokens,
-        "chat_template": bool(tokenizer.chat_template),
+        "max_new_tokens": ready.spec.max_new_tokens,
+        "chat_template": bool(ready.tokenizer.chat_template),
         "one_line": one_line,
         "dtype": "float32",
         "versions": installed_versions(),
@@ -148,9 +166,10 @@ def verify(
     Whether the loss is within `spec.max_loss` is for `require_within` to say. Raises as `evaluate`.
     """
     spec = spec or VerifySpec()
+    ready = _prepare(candidate, spec, trust_remote_code, on_event)
     if not isinstance(reference, Evaluation):
         reference = evaluate(reference, spec, trust_remote_code=trust_remote_code, on_event=on_event)
-    scores = evaluate(candidate, spec, trust_remote_code=trust_remote_code, on_event=on_event)
+    scores = _score(ready, on_event)
     if scores.perplexity.unit_tokens != reference.perplexity.unit_tokens:
         raise CalibrationError(
             f"{candidate} and its reference cut the text into different tokens "
