@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint
-from qexport.checkpoint.safetensors_file import StoredTensor, iter_values
+from qexport.checkpoint.safetensors_file import iter_values
 from qexport.errors import NonFiniteError
 from qexport.events import Advanced, Finished, OnEvent, Started, ignore
 
@@ -21,16 +19,11 @@ def is_finite(values: torch.Tensor) -> bool:
     return bool(values.isfinite().all())
 
 
-def require_finite(
-    checkpoint: Checkpoint, names: Iterable[str] | None = None, *, on_event: OnEvent = ignore
-) -> None:
+def require_finite(checkpoint: Checkpoint, *, on_event: OnEvent = ignore) -> None:
     """Reads the stored tensors once, a piece at a time; NonFiniteError names those that are not finite."""
-    chosen: list[StoredTensor] = [
-        checkpoint.stored[name] for name in (checkpoint.stored if names is None else names)
-    ]
-    on_event(Started("check weights", sum(tensor.size for tensor in chosen), "bytes"))
+    on_event(Started("check weights", checkpoint.weights_size, "bytes"))
     broken = []
-    for tensor in chosen:
+    for tensor in checkpoint.stored.values():
         if not all(is_finite(part) for part in iter_values(tensor)):
             broken.append(tensor.name)
         on_event(Advanced(tensor.size, tensor.name))
