@@ -131,7 +131,7 @@ def planned_size(
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> int:
-    """Bytes of the weights that `quantize` would write: everything is checked, nothing is read or written.
+    """Bytes of the weights that `quantize` would write: all is checked, no tensor is read.
 
     Raises the InputError that `quantize` would.
     """
