@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from qexport.modeling.architectures import architecture_of
 from qexport.modeling.blocks import BlockStream
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.modeling.structure import structure_problems
-from qexport.modeling.tokenizer import load_tokenizer
+from qexport.modeling.tokenizer import load_tokenizer, require_known_ids
 from qexport.packaged import calibration_text
 from qexport.results import QuantizeResult
 from qexport.specs import AnyQuantizeSpec, CalibrationSpec
@@ -45,8 +46,7 @@ def quantize_recipe(source: Path, spec: AnyQuantizeSpec) -> Recipe:
     inputs = {"model": fingerprint(source)}
     if isinstance(spec, CalibrationSpec):
         inputs["calibration"] = fingerprint(_calibration_path(spec))
-    packages = {"bnb": ("bitsandbytes",), "rtn": ("torch",), "gptq": ("torch", "transformers")}[spec.method]
-    return Recipe("quantize", spec.model_dump(exclude={"calibration"}), inputs, packages)
+    return Recipe("quantize", spec.model_dump(exclude={"calibration"}), inputs, spec.packages)
 
 
 def _calibration_path(spec: CalibrationSpec) -> Path:
@@ -79,7 +79,8 @@ def quantize(
     """
     path, out = resolve(source), Path(out)
     checkpoint = open_directory(path)
-    job = _plan(checkpoint, spec, trust_remote_code, on_event)
+    skeleton = build_skeleton(path, trust_remote_code=trust_remote_code)
+    job = _plan(checkpoint, skeleton, spec, on_event)
     samples = None
     if job.method.prepare and isinstance(spec, CalibrationSpec):
         samples = _samples(path, spec, job.skeleton, trust_remote_code, on_event)
@@ -125,17 +126,13 @@ def quantize(
 
 
 def planned_size(
-    source: Path,
-    spec: AnyQuantizeSpec,
-    *,
-    trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
+    checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec, *, on_event: OnEvent = ignore
 ) -> int:
     """Bytes of the weights that `quantize` would write: all is checked, no tensor is read.
 
     Raises the InputError that `quantize` would.
     """
-    job = _plan(open_directory(source), spec, trust_remote_code, on_event)
+    job = _plan(checkpoint, skeleton, spec, on_event)
     if isinstance(spec, CalibrationSpec):
         read_documents(_calibration_path(spec))
     return sum(info.size for info in job.infos)
@@ -152,24 +149,18 @@ class _Job:
     infos: Sequence[TensorInfo]
     quantization_config: dict[str, object]
 
-    @property
+    @cached_property
     def weights(self) -> set[str]:
         """Names of the weights that become codes."""
         return {f"{module}.weight" for module in self.converted}
 
 
-def _plan(
-    checkpoint: Checkpoint,
-    spec: AnyQuantizeSpec,
-    trust_remote_code: bool,
-    on_event: OnEvent,
-) -> _Job:
+def _plan(checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec, on_event: OnEvent) -> _Job:
     if checkpoint.quantization:
         raise UnsupportedModelError(
             f"{checkpoint.path} is quantized already ({checkpoint.quantization.get('quant_method')})",
             expected="a 16- or 32-bit model",
         )
-    skeleton = build_skeleton(checkpoint.path, trust_remote_code=trust_remote_code)
     linears = skeleton.linears()
     if problems := structure_problems(checkpoint, skeleton):
         raise UnsupportedModelError(
@@ -207,7 +198,7 @@ def _plan(
                 f"{reason}: {_short(names)} ({shape})"
             )
         )
-    facts = Facts(converted, left, _head_name(skeleton), float_dtype(checkpoint), method.damp)
+    facts = Facts(converted, left, skeleton.head_name or "lm_head", float_dtype(checkpoint), method.damp)
     infos: list[TensorInfo] = []
     for name in checkpoint.names():
         module = name.removesuffix(".weight")
@@ -223,12 +214,6 @@ def _short(names: Sequence[str]) -> str:
     return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
-def _head_name(skeleton: Skeleton) -> str:
-    head = skeleton.model.get_output_embeddings()
-    names = (name for name, module in skeleton.model.named_modules() if module is head)
-    return next(names, "lm_head")
-
-
 def _samples(
     path: Path,
     spec: CalibrationSpec,
@@ -240,7 +225,7 @@ def _samples(
     if spec.calibration is None and not is_embedded(path):
         on_event(Noted(f"calibrating on the package's own little text; {_OWN_TEXT}"))
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    length = min(spec.sequence_length, skeleton.max_length or spec.sequence_length)
+    length = skeleton.length(spec.sequence_length)
     windows = calibration_windows(documents, tokenizer, samples=spec.samples, length=length, seed=spec.seed)
     if len(windows) < spec.samples:
         on_event(
@@ -249,11 +234,7 @@ def _samples(
                 f"of {length} tokens; more text gives better codes"
             )
         )
-    if int(windows.max()) >= skeleton.config.vocab_size:
-        raise CalibrationError(
-            f"the tokenizer of {path} gives id {int(windows.max())}, the model knows "
-            f"{skeleton.config.vocab_size} ids"
-        )
+    require_known_ids(int(windows.max()), skeleton, path)
     return windows
 
 

@@ -6,7 +6,7 @@ spec has that method's options and no others.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -46,6 +46,7 @@ class CalibrationSpec(Spec):
 class BnbSpec(ShardSpec):
     """bitsandbytes: NF4 with double quantization (4 bits) or LLM.int8 (8 bits). Needs no data."""
 
+    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)  # whose arithmetic the result depends on
     method: Literal["bnb"] = "bnb"
     bits: Literal[4, 8] = Field(4, description="bits a weight")
 
@@ -53,6 +54,7 @@ class BnbSpec(ShardSpec):
 class RtnSpec(ShardSpec):
     """Round to nearest on the symmetric integer grid, in GPTQ's layout. Needs no data."""
 
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
     method: Literal["rtn"] = "rtn"
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits a weight")
     group_size: int | None = Field(
@@ -65,6 +67,7 @@ class RtnSpec(ShardSpec):
 class GptqSpec(ShardSpec, CalibrationSpec):
     """GPTQ: error feedback through the inverse Hessian, on RTN's grid and in its layout."""
 
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     method: Literal["gptq"] = "gptq"
     bits: Literal[2, 3, 4, 8] = Field(4, description="bits a weight")
     group_size: int | None = Field(

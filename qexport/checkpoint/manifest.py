@@ -130,24 +130,10 @@ def record_files(directory: Path) -> dict[str, FileRecord]:
     }
 
 
-def stands(directory: Path, key: str) -> bool:
-    """Whether `directory` holds the whole, unchanged output of the recipe with this key."""
-    try:
-        manifest = read_json(directory / MANIFEST_FILE)
-        records = manifest["files"]
-        # a file that came in since would be read with the others
-        strays = {file.as_posix() for file in content_files(directory)} - set(records)
-        return (
-            not strays
-            and manifest["key"] == key
-            and all(
-                (directory / name).stat().st_size == record["size"]
-                and file_hash(directory / name) == record["sha256"]
-                for name, record in records.items()
-            )
-        )
-    except (QexportError, OSError, KeyError, TypeError, AttributeError, IndexError):
-        return False
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The content of a directory's qexport.json; empty when qexport did not make it."""
+    path = directory / MANIFEST_FILE
+    return read_json(path) if is_file(path) else {}
 
 
 def changed_files(directory: Path) -> list[str]:
@@ -155,33 +141,42 @@ def changed_files(directory: Path) -> list[str]:
 
     Empty for a directory that qexport did not make.
     """
-    if not (directory / MANIFEST_FILE).is_file():
-        return []
-    records = read_json(directory / MANIFEST_FILE).get("files")
-    if not isinstance(records, dict):
+    manifest = read_manifest(directory)
+    records = manifest.get("files", {})
+    if not isinstance(records, dict) or (manifest and not records):
         return [MANIFEST_FILE]
     return sorted(
         name
         for name, record in records.items()
-        if ".." in Path(name).parts
+        if not isinstance(record, dict)
+        or ".." in Path(name).parts
         or not is_file(directory / name)
         or file_hash(directory / name) != record.get("sha256")
     )
 
 
+def stands(directory: Path, key: str) -> bool:
+    """Whether `directory` holds the whole, unchanged output of the recipe with this key."""
+    try:
+        manifest = read_manifest(directory)
+        if manifest.get("key") != key or changed_files(directory):
+            return False
+        # a file that came in since would be read with the others
+        return {file.as_posix() for file in content_files(directory)} <= set(manifest["files"])
+    except QexportError:
+        return False
+
+
 def read_figures(directory: Path) -> dict[str, Any]:
     """The figures that an output carries; empty when it has no manifest."""
-    if not (directory / MANIFEST_FILE).is_file():
-        return {}
-    figures = read_json(directory / MANIFEST_FILE).get("figures", {})
+    figures = read_manifest(directory).get("figures", {})
     return figures if isinstance(figures, dict) else {}
 
 
 def add_figures(directory: Path, figures: Mapping[str, Any]) -> None:
     """Adds measured figures to an output's manifest; a directory without one is left alone."""
-    path = directory / MANIFEST_FILE
-    if not path.is_file():
-        return
-    content = read_json(path)
-    content["figures"] = {**content.get("figures", {}), **figures}
-    write_file_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    manifest = read_manifest(directory)
+    if manifest:
+        manifest["figures"] = {**manifest.get("figures", {}), **figures}
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        write_file_atomically(directory / MANIFEST_FILE, text)

@@ -116,7 +116,7 @@ def plan(
     for task in tasks:
         size = None
         if isinstance(task, QuantizeTask):
-            size = planned_size(base, task.spec, trust_remote_code=trust_remote_code, on_event=once)
+            size = planned_size(checkpoint, skeleton, task.spec, on_event=once)
         elif isinstance(task, (MergeTask, ShardTask)):
             size = checkpoint.weights_size
         runs = any(need.name in running for need in task.needs) or not task.stands()

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from qexport.errors import GateError
 from qexport.events import OnEvent, ignore
 from qexport.graph.build import build, plan
 from qexport.graph.recipe import ExportRecipe, read_recipe
-from qexport.graph.tasks import Context, ReportTask, Task, require_all_within
+from qexport.graph.tasks import Context, ReportTask, Task
 from qexport.report.rows import Row, recipe_lines
 
 
@@ -67,5 +68,16 @@ def export(
 
 
 def require_within_gate(result: ExportResult, recipe: ExportRecipe) -> None:
-    """Raises GateError when a variant loses more than the recipe's `verify.max_loss`."""
-    require_all_within(list(result.rows), recipe.verify.max_loss)
+    """Raises GateError that names every variant that loses more than the recipe's `verify.max_loss`."""
+    max_loss = recipe.verify.max_loss
+    if max_loss is None:
+        return
+    failing = [
+        f"{row.variant} ({100 * row.loss:+.2f} %)"
+        for row in result.rows
+        if row.loss is not None and not row.loss <= max_loss
+    ]
+    if failing:
+        raise GateError(
+            f"too much perplexity is lost by {', '.join(failing)}", expected=f"at most {100 * max_loss:g} %"
+        )

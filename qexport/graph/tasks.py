@@ -25,7 +25,7 @@ from qexport.checkpoint.manifest import (
 )
 from qexport.checkpoint.resharding import shard, shard_recipe
 from qexport.checkpoint.staging import check_target, write_file_atomically
-from qexport.errors import GateError, OutputExistsError, QexportError
+from qexport.errors import OutputExistsError, QexportError
 from qexport.events import OnEvent
 from qexport.measure import Measured
 from qexport.merging.merge import merge, merge_recipe
@@ -112,7 +112,7 @@ class ModelTask(Task):
 
     def stands(self) -> bool:
         """By the manifest's key and the files' hashes."""
-        return (self.out / MANIFEST_FILE).is_file() and stands(self.out, self.recipe().key)
+        return self._ours() and stands(self.out, self.recipe().key)
 
     def run(self, context: Context) -> None:
         """Replaces what qexport itself made before, and nothing else; notes what it cost."""
@@ -330,17 +330,3 @@ class ReportTask(Task):
         texts = (content + "\n", report_markdown(self.title, rows, full))
         for name, text in zip(REPORT_FILES, texts, strict=True):
             write_file_atomically(self.out / name, text)
-
-
-def require_all_within(rows: list[Row], max_loss: float | None) -> None:
-    """The gate over a whole report: GateError that names every row that loses more."""
-    failing = [
-        f"{row.variant} ({100 * row.loss:+.2f} %)"
-        for row in rows
-        if max_loss is not None and row.loss is not None and not row.loss <= max_loss
-    ]
-    if failing:
-        raise GateError(
-            f"too much perplexity is lost by {', '.join(failing)}",
-            expected=f"at most {100 * (max_loss or 0):g} %",
-        )

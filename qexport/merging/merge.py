@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from qexport.checkpoint.checkpoint import Checkpoint, open_directory, read_json
+from qexport.checkpoint.checkpoint import Checkpoint, open_directory
 from qexport.checkpoint.disk import is_file
 from qexport.checkpoint.finiteness import is_finite, non_finite_error, require_finite
 from qexport.checkpoint.hub import resolve
-from qexport.checkpoint.manifest import MANIFEST_FILE, Recipe, file_hash, fingerprint
+from qexport.checkpoint.manifest import Recipe, file_hash, fingerprint, read_manifest
 from qexport.checkpoint.safetensors_file import read_tensor
 from qexport.checkpoint.sidecars import sidecar_files
 from qexport.checkpoint.writer import CheckpointWriter
@@ -87,13 +87,11 @@ def merge(
 
 def merged_before(base: Path) -> set[str]:
     """Hashes of the adapters that the base, when qexport made it, was merged from."""
-    if not is_file(base / MANIFEST_FILE):
-        return set()
-    recipe = read_json(base / MANIFEST_FILE).get("recipe")
+    recipe = read_manifest(base).get("recipe")
     inputs = recipe.get("inputs") if isinstance(recipe, dict) else None
-    return (
-        {str(v) for k, v in inputs.items() if k.startswith("adapter")} if isinstance(inputs, dict) else set()
-    )
+    if not isinstance(inputs, dict):
+        return set()
+    return {str(value) for name, value in inputs.items() if name.startswith("adapter")}
 
 
 def _differs(adapter: Path, base: Path, file: Path) -> bool:

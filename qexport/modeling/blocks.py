@@ -87,10 +87,9 @@ class BlockStream:
     def _outer(self, *, with_head: bool) -> contextlib.AbstractContextManager[nn.Module]:
         """Everything outside the blocks: embeddings, final norm and, when wanted, the output head."""
         model = self._skeleton.model
-        head = model.get_output_embeddings()
         left_out = [self.architecture.blocks + "."]
-        if not with_head:
-            left_out += [name + "." for name, module in model.named_modules() if module is head]
+        if not with_head and self._skeleton.head_name:
+            left_out.append(self._skeleton.head_name + ".")
         names = [name for name in model.state_dict() if not name.startswith(tuple(left_out))]
         return self._loaded(names, "", model)
 

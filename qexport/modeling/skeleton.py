@@ -47,13 +47,23 @@ class Skeleton:
         # rotary tables were stored once; transformers computes them and passes over stored ones too
         return {*own, r"rotary_emb\.inv_freq$"}
 
+    def length(self, wanted: int) -> int:
+        """`wanted` tokens, or as many as the model can take."""
+        return min(wanted, self.max_length or wanted)
+
+    @property
+    def head_name(self) -> str:
+        """Full name of the output head; empty when the model has none."""
+        head = self.model.get_output_embeddings()
+        return next((name for name, module in self.model.named_modules() if module is head), "")
+
     def linears(self) -> dict[str, tuple[int, int]]:
         """Name and shape [out, in] of every linear layer but the output head, in order."""
-        head = self.model.get_output_embeddings()
+        head = self.head_name
         return {
             name: (module.out_features, module.in_features)
             for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and module is not head
+            if isinstance(module, nn.Linear) and name != head
         }
 
 

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from qexport.errors import CalibrationError
-from qexport.modeling.skeleton import quiet_transformers
+from qexport.modeling.skeleton import Skeleton, quiet_transformers
+
+
+def require_known_ids(largest: int, skeleton: Skeleton, path: Path) -> None:
+    """Raises CalibrationError when the tokenizer of `path` gave an id that its model does not know."""
+    if largest >= skeleton.config.vocab_size:
+        raise CalibrationError(
+            f"the tokenizer of {path} gives id {largest}, the model knows {skeleton.config.vocab_size} ids"
+        )
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:

@@ -20,7 +20,7 @@ from qexport.modeling.architectures import architecture_of
 from qexport.modeling.blocks import BlockStream
 from qexport.modeling.generation import end_tokens
 from qexport.modeling.skeleton import Skeleton, build_skeleton
-from qexport.modeling.tokenizer import load_tokenizer
+from qexport.modeling.tokenizer import load_tokenizer, require_known_ids
 from qexport.modeling.whole import load_whole
 from qexport.packaged import heldout_pairs, heldout_text
 from qexport.results import Bleu, Evaluation, VerifyResult
@@ -96,15 +96,11 @@ def _prepare(model: str | Path, spec: VerifySpec, trust_remote_code: bool, on_ev
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     checked = check_integrity(checkpoint, skeleton, on_event)
 
-    length = min(spec.window, skeleton.max_length or spec.window)
+    length = skeleton.length(spec.window)
     # a scored token needs one before it in its window
     stride = min(spec.stride or max(length // 2, 1), length - 1)
     windows = scored_windows(documents, tokenizer, length=length, stride=stride)
-    largest = max(max(window.tokens) for window in windows)
-    if largest >= skeleton.config.vocab_size:
-        raise CalibrationError(
-            f"the tokenizer of {path} gives id {largest}, the model knows {skeleton.config.vocab_size} ids"
-        )
+    require_known_ids(max(max(window.tokens) for window in windows), skeleton, path)
     recipe = {
         "data": file_hash(text),
         "documents": len(documents),
