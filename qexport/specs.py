@@ -28,8 +28,54 @@ class ShardSpec(Spec):
     max_shard_size: Size = Field(5_000_000_000, description="largest file, e.g. 5GB or 500MB")
 
 
+Combination = Literal[
+    "cat",
+    "linear",
+    "svd",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "ties_svd",
+    "dare_linear_svd",
+    "dare_ties_svd",
+    "magnitude_prune_svd",
+]
+
+
 class MergeSpec(ShardSpec):
     """How adapters are merged into their base."""
+
+    combine: Combination | None = Field(
+        None, description="make one LoRA of several, as PEFT's add_weighted_adapter does; default: add them"
+    )
+    density: float | None = Field(
+        None, gt=0, le=1, description="share of values that ties, dare_* and magnitude_prune keep"
+    )
+    majority_sign: Literal["total", "frequency"] = Field(
+        "total", description="how ties and dare_ties elect a sign"
+    )
+    svd_rank: int | None = Field(
+        None, ge=1, description="rank that svd and *_svd keep; default: the largest adapter's"
+    )
+    seed: int = Field(0, ge=0, description="which values dare_* drops")
+    tokenizer: Literal["base", "adapter"] | None = Field(
+        None, description="whose tokenizer and chat template to take; default: the adapter's if it has one"
+    )
+    base_precision: Literal["full", "dequantize"] | None = Field(
+        None,
+        description="for a quantized base: merge into the full-precision model that the adapter names, or "
+        "into the decoded base; default: full if it can be had",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="dtype of all weights; default: each as it is"
+    )
+    legacy_format: bool = Field(False, description="write pytorch_model.bin for old readers")
+    rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = Field(
+        None, description="rotary scaling to write into the config, with its factor"
+    )
+    rope_factor: float | None = Field(None, gt=1, description="by how much --rope-scaling stretches the context")
+    device: str = Field("cpu", description="where the products are computed: cpu, cuda or cuda:N")
 
 
 class CalibrationSpec(Spec):
