@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 import qexport
 from qexport.checkpoint.manifest import Recipe
+from qexport.checkpoint.sidecars import sidecars_of
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.packaged import embedded_base
@@ -95,7 +96,8 @@ def make_model(directory: Path, depth: int) -> None:
         config=config,
         recipe=lambda: Recipe("synthetic", {"depth": depth}, {}),
         max_shard_size=500_000_000,
-        sidecars_from=embedded_base(),
+        sidecars=sidecars_of(embedded_base()),
+        sources=[],
     ) as writer:
         for info in infos:
             scale = 1.0 if len(info.shape) == 1 else 0.02

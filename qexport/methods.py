@@ -16,9 +16,9 @@ from qexport.errors import SpecError
 from qexport.formats import bitsandbytes, gptq
 from qexport.formats.format import Format
 from qexport.grids.bitsandbytes_import import bitsandbytes_functional
+from qexport.grids.bnb4 import Bnb4Grid
 from qexport.grids.int8_rows import Int8RowGrid
 from qexport.grids.integer import IntegerGrid
-from qexport.grids.nf4 import Nf4Grid
 from qexport.solvers import gptq as gptq_solver
 from qexport.solvers.rtn import round_to_nearest
 from qexport.specs import AnyQuantizeSpec, BnbSpec, RtnSpec
@@ -49,7 +49,7 @@ def method_of(spec: AnyQuantizeSpec, shapes: Mapping[str, Sequence[int]]) -> Met
     """
     if isinstance(spec, BnbSpec):
         bitsandbytes_functional()  # its absence is told now, not after the weights were read
-        grid = Nf4Grid() if spec.bits == 4 else Int8RowGrid()
+        grid = Bnb4Grid() if spec.bits == 4 else Int8RowGrid()
         return Method(grid, lambda weight, _: round_to_nearest(weight, grid), bitsandbytes)
     storable = {name: shape for name, shape in shapes.items() if not gptq.obstacle(shape)}
     integer = IntegerGrid(spec.bits, group_size_for(spec.group_size, storable))

@@ -19,6 +19,7 @@ from qexport.checkpoint.embedded import is_embedded
 from qexport.checkpoint.finiteness import require_finite
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.manifest import Recipe, fingerprint
+from qexport.checkpoint.sidecars import sidecars_of
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.errors import CalibrationError, SpecError, UnsupportedModelError
@@ -92,7 +93,8 @@ def quantize(
             config={**checkpoint.config, "quantization_config": job.quantization_config},
             recipe=lambda: quantize_recipe(path, spec),
             max_shard_size=spec.max_shard_size,
-            sidecars_from=path,
+            sidecars=sidecars_of(path),
+            sources=[path],
             overwrite=overwrite,
             on_event=on_event,
         ) as writer,

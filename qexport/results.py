@@ -19,6 +19,34 @@ def plain(data: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class TensorChange:
+    """How much a merge changed a tensor: |W' - W| / |W|, and the numbers, from 1, of the adapters that did.
+
+    `relative_norm` is infinite where the base was all zeros.
+    """
+
+    tensor: str
+    relative_norm: float
+    adapters: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """A merged checkpoint, and what became of its tensors.
+
+    `base` is what was merged into, `base_precision` how a quantized base was made full ("full",
+    "dequantize", or None where it was not quantized).
+    """
+
+    path: Path
+    base: Path
+    base_precision: str | None
+    size_bytes: int
+    tensors: int
+    changes: tuple[TensorChange, ...]
+
+
+@dataclass(frozen=True)
 class QuantizeResult:
     """A quantized checkpoint and what it took.
 

@@ -74,7 +74,9 @@ class MergeSpec(ShardSpec):
     rope_scaling: Literal["linear", "dynamic", "yarn", "llama3"] | None = Field(
         None, description="rotary scaling to write into the config, with its factor"
     )
-    rope_factor: float | None = Field(None, gt=1, description="by how much --rope-scaling stretches the context")
+    rope_factor: float | None = Field(
+        None, gt=1, description="by how much --rope-scaling stretches the context"
+    )
     device: str = Field("cpu", description="where the products are computed: cpu, cuda or cuda:N")
 
 

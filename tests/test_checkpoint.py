@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from huggingface_hub.utils._paths import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -395,7 +396,7 @@ def test_the_manifest_tells_every_files_hash(llama: Path, tmp_path: Path) -> Non
     found = {
         file.relative_to(out).as_posix(): {
             "size": file.stat().st_size,
-            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            "blake3": blake3(file.read_bytes()).hexdigest(),
         }
         for file in out.rglob("*")
         if file.name != "qexport.json"

@@ -13,7 +13,7 @@ import qexport
 from qexport.checkpoint.manifest import MANIFEST_FILE
 from qexport.errors import AdapterError, OutputExistsError, RecipeError, SpecError
 from qexport.graph.build import build, plan
-from qexport.graph.recipe import ExportRecipe, parse_recipe
+from qexport.graph.recipe import AnyRecipe, parse_recipe
 from tests.conftest import RunCli
 from tests.tiny import tiny_adapter
 
@@ -52,7 +52,7 @@ def content(llama: Path, text: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def parsed(content: dict[str, Any]) -> ExportRecipe:
+def parsed(content: dict[str, Any]) -> AnyRecipe:
     return parse_recipe(yaml.safe_dump(content), "recipe.yaml")
 
 
@@ -133,15 +133,15 @@ def test_outputs_carry_their_recipe_and_figures(content: dict[str, Any], tmp_pat
 
 def test_planned_sizes_are_the_written_ones(content: dict[str, Any]) -> None:
     recipe = parsed(content)
-    tasks = build(recipe)
-    planned = plan(recipe, tasks)
+    job = build(recipe)
+    planned = plan(job)
     assert [step.task.name for step in planned] == STEPS
     assert all(step.runs for step in planned)
     qexport.export(recipe)
     for step in planned:
         if step.size_bytes is not None:
             assert qexport.open_checkpoint(step.task.out).weights_size == step.size_bytes
-    assert [step.runs for step in plan(recipe, tasks)] == [False] * 7 + [True]
+    assert [step.runs for step in plan(job)] == [False] * 7 + [True]
 
 
 def test_everything_is_checked_before_anything_runs(
@@ -199,9 +199,12 @@ def test_what_is_no_recipe(text: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_the_same_variant_twice(content: dict[str, Any]) -> None:
+def test_names_that_cannot_be(content: dict[str, Any]) -> None:
     content["quantize"] = [{"method": "bnb", "bits": [4, 4]}]
     with pytest.raises(RecipeError, match="asks for bnb-4bit twice"):
+        build(parsed(content))
+    content["output"] = "a\0b"
+    with pytest.raises(RecipeError, match="is no name that a directory can have"):
         build(parsed(content))
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qexport.errors import SpecError
+from qexport.grids.bnb4 import Bnb4Grid
 from qexport.grids.int8_rows import Int8RowGrid
 from qexport.grids.integer import IntegerCodes, IntegerGrid
-from qexport.grids.nf4 import Nf4Grid
 
 
 def weights(out: int, inputs: int, seed: int = 0) -> torch.Tensor:
@@ -74,7 +74,7 @@ def test_nf4_decodes_as_bitsandbytes_does(shape: tuple[int, int], dtype: torch.d
     weight = weights(*shape).to(dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
     theirs = bnb.dequantize_4bit(packed, state).float()
-    grid = Nf4Grid()
+    grid = Bnb4Grid()
     codes = grid.quantize(weight)
     ours = grid.decode(codes)
     assert ours.shape == weight.shape
@@ -87,7 +87,7 @@ def test_nf4_decodes_as_bitsandbytes_does(shape: tuple[int, int], dtype: torch.d
 def test_nf4_of_ragged_shapes(shape: tuple[int, int]) -> None:
     """bitsandbytes' own CPU decoder is wrong on some of these, so the bound of NF4 itself is the oracle."""
     weight = weights(*shape)
-    decoded = Nf4Grid().decode(Nf4Grid().quantize(weight)).reshape(-1)
+    decoded = Bnb4Grid().decode(Bnb4Grid().quantize(weight)).reshape(-1)
     flat = weight.reshape(-1)
     for block, found in zip(torch.split(flat, 64), torch.split(decoded, 64), strict=True):
         # the codebook's widest gap is 0.3 of the block's maximum, which itself carries 8-bit error

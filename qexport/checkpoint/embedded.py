@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qexport.checkpoint.disk import is_file
-from qexport.checkpoint.manifest import file_hash
+from qexport.checkpoint.hashing import file_hash
 from qexport.packaged import embedded_base
 
 _TOKENIZER = "tokenizer.json"

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qexport.checkpoint.checkpoint import CONFIG_FILE, read_json
-from qexport.checkpoint.disk import is_file, read_errors
+from qexport.checkpoint.disk import is_file
+from qexport.checkpoint.hashing import ALGORITHM, file_hash
 from qexport.checkpoint.sharding import INDEX_FILE
 from qexport.checkpoint.sidecars import sidecar_files
 from qexport.checkpoint.staging import write_file_atomically
@@ -20,8 +21,7 @@ from qexport.errors import QexportError
 from qexport.version import __version__
 
 MANIFEST_FILE = "qexport.json"
-_REPORTED = ("torch", "transformers", "safetensors", "bitsandbytes", "numpy", "sacrebleu")
-_hashes: dict[tuple[str, int, int], str] = {}
+_REPORTED = ("torch", "transformers", "peft", "safetensors", "bitsandbytes", "numpy", "sacrebleu")
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class FileRecord:
-    """Size in bytes and sha256 of one file of the output."""
+    """Size in bytes and hash of one file of the output."""
 
     size: int
-    sha256: str
+    blake3: str
 
 
 @dataclass(frozen=True)
@@ -85,20 +85,6 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file's content, remembered within this process by path, size and time."""
-    with read_errors(path):
-        state = path.stat()
-        key = (str(path.resolve()), state.st_size, state.st_mtime_ns)
-        if key not in _hashes:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 22):
-                    digest.update(chunk)
-            _hashes[key] = digest.hexdigest()
-    return _hashes[key]
-
-
 def content_files(directory: Path) -> list[Path]:
     """The files of a model or adapter that matter to what is made of it, relative and sorted."""
     found = (file for file in directory.glob("*.safetensors") if file.is_file())
@@ -112,7 +98,7 @@ def content_files(directory: Path) -> list[Path]:
 
 
 def fingerprint(source: Path) -> str:
-    """sha256 over the content of a model directory, or of a single file."""
+    """Hash over the content of a model directory, or of a single file."""
     if source.is_file():
         return file_hash(source)
     digest = hashlib.sha256()
@@ -151,7 +137,7 @@ def changed_files(directory: Path) -> list[str]:
         if not isinstance(record, dict)
         or ".." in Path(name).parts
         or not is_file(directory / name)
-        or file_hash(directory / name) != record.get("sha256")
+        or file_hash(directory / name) != record.get(ALGORITHM)
     )
 
 

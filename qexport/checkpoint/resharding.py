@@ -8,6 +8,7 @@ from qexport.checkpoint.checkpoint import Checkpoint, open_directory
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.manifest import Recipe, fingerprint
 from qexport.checkpoint.safetensors_file import read_tensor
+from qexport.checkpoint.sidecars import sidecars_of
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.events import Advanced, Finished, OnEvent, Started, ignore
@@ -44,7 +45,8 @@ def shard(
         config=checkpoint.config,
         recipe=lambda: shard_recipe(path, spec),
         max_shard_size=spec.max_shard_size,
-        sidecars_from=path,
+        sidecars=sidecars_of(path),
+        sources=[path],
         overwrite=overwrite,
         on_event=on_event,
     ) as writer:

@@ -115,16 +115,15 @@ def _stored_tensor(name: str, entry: Any, path: Path, data_start: int, corrupt: 
     return StoredTensor(name, DTYPES[dtype], tuple(shape), path, data_start + begin)
 
 
-def read_bytes(tensor: StoredTensor) -> bytearray:
-    """The tensor's bytes as they stand in the file."""
-    buffer = bytearray(tensor.size)
-    view = memoryview(buffer)
+def read_into(tensor: StoredTensor, view: memoryview, begin: int = 0) -> None:
+    """Fills `view`, of bytes, with the tensor's bytes from byte `begin` on, as they stand in the file."""
     with read_errors(tensor.file):
         descriptor = os.open(tensor.file, os.O_RDONLY)
         try:
             done = 0
-            while done < len(buffer):
-                count = os.preadv(descriptor, [view[done : done + MAX_TRANSFER]], tensor.offset + done)
+            while done < len(view):
+                part = view[done : done + MAX_TRANSFER]
+                count = os.preadv(descriptor, [part], tensor.offset + begin + done)
                 if count == 0:
                     raise CorruptFileError(
                         f"{tensor.file} ends within tensor {tensor.name!r}", remedy=_REMEDY
@@ -132,29 +131,37 @@ def read_bytes(tensor: StoredTensor) -> bytearray:
                 done += count
         finally:
             os.close(descriptor)
-    return buffer
 
 
 def read_tensor(tensor: StoredTensor) -> torch.Tensor:
     """The tensor itself: dtype and shape as stored, in memory of its own."""
-    if tensor.size == 0:
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
-    return torch.frombuffer(read_bytes(tensor), dtype=tensor.dtype).reshape(tensor.shape)
+    return read_rows(tensor, 0, tensor.shape[0]) if tensor.shape else read_values(tensor, 0, 1).reshape(())
+
+
+def read_rows(tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
+    """Rows `begin` to `end` of the tensor, along its first side."""
+    width = math.prod(tensor.shape[1:])
+    return read_values(tensor, begin * width, end * width).reshape(end - begin, *tensor.shape[1:])
+
+
+def read_values(tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
+    """The values `begin` to `end` of the tensor, flat, in memory of their own."""
+    values = torch.empty(end - begin, dtype=tensor.dtype)
+    read_into(tensor, byte_view(values), begin * tensor.dtype.itemsize)
+    return values
+
+
+def byte_view(values: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor as bytes."""
+    flat: Any = values.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def iter_values(tensor: StoredTensor, chunk: int = 1 << 24) -> Iterator[torch.Tensor]:
     """The tensor's values, flat, at most `chunk` bytes of them at a time."""
     step = max(chunk // tensor.dtype.itemsize, 1)
     for begin in range(0, tensor.numel, step):
-        count = min(step, tensor.numel - begin)
-        part = StoredTensor(
-            tensor.name,
-            tensor.dtype,
-            (count,),
-            tensor.file,
-            tensor.offset + begin * tensor.dtype.itemsize,
-        )
-        yield read_tensor(part)
+        yield read_values(tensor, begin, min(begin + step, tensor.numel))
 
 
 def header_bytes(tensors: Sequence[TensorInfo]) -> bytes:

@@ -7,8 +7,32 @@ from dataclasses import dataclass
 
 from qexport.checkpoint.tensors import TensorInfo
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+
+@dataclass(frozen=True)
+class Naming:
+    """The Hub's names of a checkpoint's weights in one form."""
+
+    stem: str
+    suffix: str
+
+    @property
+    def single(self) -> str:
+        """The one file, when one is enough."""
+        return f"{self.stem}.{self.suffix}"
+
+    @property
+    def index(self) -> str:
+        """The file that tells which tensor lies where."""
+        return f"{self.single}.index.json"
+
+    def shard(self, number: int, count: int) -> str:
+        """The file `number`, from 1, of `count`."""
+        return f"{self.stem}-{number:05d}-of-{count:05d}.{self.suffix}"
+
+
+SAFETENSORS = Naming("model", "safetensors")
+PYTORCH = Naming("pytorch_model", "bin")
+SINGLE_FILE, INDEX_FILE = SAFETENSORS.single, SAFETENSORS.index
 
 
 @dataclass(frozen=True)
@@ -37,7 +61,7 @@ class ShardPlan:
         return sum(shard.size for shard in self.shards)
 
     def index(self) -> dict[str, object]:
-        """The content of model.safetensors.index.json, in the Hub's form."""
+        """The content of the index file, in the Hub's form."""
         return {
             "metadata": {
                 "total_parameters": sum(t.numel for shard in self.shards for t in shard.tensors),
@@ -47,7 +71,9 @@ class ShardPlan:
         }
 
 
-def plan_shards(tensors: Sequence[TensorInfo], max_shard_size: int) -> ShardPlan:
+def plan_shards(
+    tensors: Sequence[TensorInfo], max_shard_size: int, naming: Naming = SAFETENSORS
+) -> ShardPlan:
     """Fills files in order, none with more than `max_shard_size` bytes of tensors.
 
     A tensor larger than that gets a file of its own. The names are the Hub's:
@@ -63,10 +89,7 @@ def plan_shards(tensors: Sequence[TensorInfo], max_shard_size: int) -> ShardPlan
         room -= tensor.size
     count = len(groups)
     shards = tuple(
-        Shard(
-            SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors",
-            tuple(group),
-        )
+        Shard(naming.single if count == 1 else naming.shard(number, count), tuple(group))
         for number, group in enumerate(groups, start=1)
     )
     return ShardPlan(shards, tuple(t for t in tensors if t.size > max_shard_size))

@@ -29,7 +29,15 @@ PATTERNS = (
 
 
 # what else a model directory of ours or of transformers holds
-_MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "qexport.json", "README.md")
+_MODEL_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin",
+    "pytorch_model.bin.index.json",
+    "config.json",
+    "qexport.json",
+    "README.md",
+)
 
 
 def strangers(directory: Path) -> list[Path]:
@@ -44,3 +52,8 @@ def sidecar_files(directory: Path) -> list[Path]:
     """The sidecar files of a model, relative to its directory, sorted."""
     found = {file for pattern in PATTERNS for file in directory.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(directory) for file in found)
+
+
+def sidecars_of(directory: Path) -> dict[Path, Path]:
+    """Name in an output -> where it lies, for every sidecar file of a model."""
+    return {file: directory / file for file in sidecar_files(directory)}

@@ -47,6 +47,14 @@ def tie_of(config: Mapping[str, Any], stored: Collection[str]) -> Tie | None:
     return Tie(embedding or _embedding_beside(stored), head or HEAD_NAMES[0])
 
 
+def vocabulary_names(stored: Collection[str], tie: Tie | None) -> tuple[str, ...]:
+    """The tensors with a row for every token: input embedding, output head and its bias."""
+    if tie:
+        return tie.embedding, tie.head
+    sides = (*EMBEDDING_NAMES, "model.language_model.embed_tokens.weight", *HEAD_NAMES)
+    return tuple(name for name in (*sides, "lm_head.bias") if name in stored)
+
+
 def _embedding_beside(stored: Collection[str]) -> str:
     """The name that the embedding of a checkpoint would have that stores the head alone."""
     for embedding in EMBEDDING_NAMES:

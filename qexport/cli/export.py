@@ -12,7 +12,7 @@ from qexport.cli.output import Output, output_options
 from qexport.sizes import format_size
 
 if TYPE_CHECKING:
-    from qexport.graph.recipe import ExportRecipe
+    from qexport.graph.recipe import AnyRecipe
 
 
 @click.command(short_help="Run a recipe: merge, shard, quantize, verify, report.")
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 @output_options
 def export(recipe: Path, dry_run: bool, trust_remote_code: bool, as_json: bool, quiet: bool) -> None:
     """Run RECIPE, a YAML file. Steps whose results stand are skipped.
+
+    An export file of LLaMA-Factory or SWIFT will do: it makes the one model that it asks for.
 
     Exits with 1 when a variant is not whole, or loses more than the recipe's verify.max_loss.
     """
@@ -35,12 +37,13 @@ def export(recipe: Path, dry_run: bool, trust_remote_code: bool, as_json: bool, 
         run_recipe(parsed, out, trust_remote_code=trust_remote_code)
 
 
-def show_plan(recipe: ExportRecipe, out: Output, *, trust_remote_code: bool = False) -> None:
+def show_plan(recipe: AnyRecipe, out: Output, *, trust_remote_code: bool = False) -> None:
     """Prints the recipe's tasks, what each needs, its size, and whether it would run."""
     from qexport.graph.build import build, plan
 
     with out.listening() as on_event:
-        planned = plan(recipe, build(recipe), trust_remote_code=trust_remote_code, on_event=on_event)
+        job = build(recipe, on_event=on_event)
+        planned = plan(job, trust_remote_code=trust_remote_code, on_event=on_event)
     rows = [
         (
             step.task.name,
@@ -66,8 +69,8 @@ def show_plan(recipe: ExportRecipe, out: Output, *, trust_remote_code: bool = Fa
         out.note(f"{format_size(total)} would be written")
 
 
-def run_recipe(recipe: ExportRecipe, out: Output, *, trust_remote_code: bool = False) -> None:
-    """Runs the recipe and prints the report's table."""
+def run_recipe(recipe: AnyRecipe, out: Output, *, trust_remote_code: bool = False) -> None:
+    """Runs the recipe and prints the report's table; without a report, the models."""
     from qexport.graph.run import export as run
     from qexport.graph.run import require_within_gate
     from qexport.graph.tasks import Task
@@ -78,14 +81,18 @@ def run_recipe(recipe: ExportRecipe, out: Output, *, trust_remote_code: bool = F
 
     with out.listening() as on_event:
         result = run(recipe, trust_remote_code=trust_remote_code, on_event=on_event, on_task=told)
-    rows = [row.cells() for row in result.rows]
     data = {
         "output": str(result.output),
+        "models": [{**asdict(model), "path": str(model.path)} for model in result.models],
         "rows": [asdict(row) for row in result.rows],
         "ran": list(result.ran),
         "skipped": list(result.skipped),
     }
-    out.table(result.title, COLUMNS, rows, data)
+    if not result.rows:
+        models = [(model.name, format_size(model.size_bytes), str(model.path)) for model in result.models]
+        out.table(result.title, ("model", "size", "output"), models, data)
+        return
+    out.table(result.title, COLUMNS, [row.cells() for row in result.rows], data)
     for line in (*result.recipe_lines, f"report: {result.output / 'report.md'}"):
         out.note(line)
     require_within_gate(result, recipe)

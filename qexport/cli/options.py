@@ -30,13 +30,12 @@ def spec_options(*specs: type[BaseModel], leave: Sequence[str] = ()) -> Callable
     def decorate(function: Function) -> Function:
         for name, (field, owners) in reversed(fields.items()):
             only = f" ({', '.join(owners)} only)" if len(owners) < len(specs) else ""
-            option = click.option(
-                _flag(name),
-                name,
-                type=_click_type(field, specs if name == "bits" else ()),
-                default=None,
-                help=f"{field.description}{_default(name, field)}{only}",
-            )
+            told = f"{field.description}{_default(name, field)}{only}"
+            if field.annotation is bool:
+                option = click.option(_flag(name), name, is_flag=True, default=None, help=told)
+            else:
+                kind = _click_type(field, specs if name == "bits" else ())
+                option = click.option(_flag(name), name, type=kind, default=None, help=told)
             function = option(function)
         return function
 
@@ -48,7 +47,7 @@ def _flag(name: str) -> str:
 
 
 def _default(name: str, field: FieldInfo) -> str:
-    if field.default is None or "default:" in (field.description or ""):
+    if field.default is None or field.default is False or "default:" in (field.description or ""):
         return ""
     shown = (
         format_size(field.default).replace(" ", "")
@@ -64,6 +63,8 @@ def _click_type(field: FieldInfo, specs: Sequence[type[BaseModel]]) -> Any:
         widths = {w for s in specs for w in typing.get_args(s.model_fields["bits"].annotation)}
         return click.Choice([str(width) for width in sorted(widths)])
     kinds = [kind for kind in _kinds(field.annotation) if kind is not type(None)]
+    if typing.get_origin(kinds[0]) is typing.Literal:
+        return click.Choice(typing.get_args(kinds[0]))
     parsed_by_spec = any("Validator" in type(extra).__name__ for extra in field.metadata)
     if parsed_by_spec or kinds == [str]:
         return click.STRING

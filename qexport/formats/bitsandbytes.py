@@ -1,8 +1,11 @@
 """bitsandbytes' serialized layers, as `save_pretrained` writes and `from_pretrained` reads them.
 
-4 bits: `weight` uint8 [n/2, 1], `weight.absmax`, `weight.quant_map`, `weight.nested_absmax`,
-`weight.nested_quant_map`, `weight.quant_state.bitsandbytes__nf4` (JSON as bytes).
+4 bits: `weight` uint8 [ceil(n/2), 1] (or those bytes seen as another dtype, `bnb_4bit_quant_storage`),
+`weight.absmax` fp32 [blocks], `weight.quant_map` fp32 [16], `weight.quant_state.bitsandbytes__nf4` or
+`__fp4` (JSON as bytes); with double quantization `weight.absmax` is uint8, and there are
+`weight.nested_absmax` fp32 and `weight.nested_quant_map` fp32 [256].
 8 bits: `weight` int8 [out, in], `SCB` fp32 [out], `weight_format` uint8, 0 for row-major.
+All are read; written are NF4 with double quantization, in uint8, and 8 bits.
 Source: bitsandbytes.functional.QuantState.as_dict, bitsandbytes.nn.Linear8bitLt.
 """
 
@@ -18,21 +21,25 @@ from typing import Any
 import torch
 
 from qexport.checkpoint.safetensors_file import StoredTensor, read_tensor
-from qexport.checkpoint.tensors import DTYPES, TensorInfo
+from qexport.checkpoint.tensors import TensorInfo
 from qexport.errors import CorruptFileError, UnsupportedModelError
 from qexport.formats.format import Facts
+from qexport.grids.bnb4 import BLOCK, NESTED_BLOCK, Bnb4Codes, Bnb4Grid, NestedAbsmax
 from qexport.grids.int8_rows import Int8RowCodes, Int8RowGrid
-from qexport.grids.nf4 import BLOCK, NESTED_BLOCK, Nf4Codes, Nf4Grid
 
 METHOD = "bitsandbytes"
-_STATE = "quant_state.bitsandbytes__nf4"
+_STATES = {kind: f"quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")}
+_PARTS_4 = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATES.values())
+_PARTS_8 = ("SCB", "weight_format")
 # The state's JSON differs in length with its numbers; padded with spaces, which JSON allows, its size
 # is known before the numbers are.
 _STATE_BYTES = 256
-_FLOATS = {str(d).removeprefix("torch."): d for d in DTYPES.values() if d.is_floating_point}
+_MAX_STATE_BYTES = 1 << 16  # far above any real one
+_FLOATS = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32)}
+_ORDERS = ("row", "col32", "col_turing", "col_ampere")  # of 8-bit codes, by their `weight_format`
 
-Grid = Nf4Grid | Int8RowGrid
-Codes = Nf4Codes | Int8RowCodes
+Grid = Bnb4Grid | Int8RowGrid
+Codes = Bnb4Codes[NestedAbsmax] | Int8RowCodes
 
 
 def obstacle(shape: Sequence[int], grid: Grid) -> str | None:
@@ -42,7 +49,7 @@ def obstacle(shape: Sequence[int], grid: Grid) -> str | None:
     without a word (128 x 352: errors of the size of the weights), and outputs that are no multiple of 32
     end in an assertion.
     """
-    if isinstance(grid, Nf4Grid) and (shape[1] % BLOCK or shape[0] % 32):
+    if isinstance(grid, Bnb4Grid) and (shape[1] % BLOCK or shape[0] % 32):
         return f"sides that are no multiples of 32 and {BLOCK}, which bitsandbytes cannot read on a CPU"
     return None
 
@@ -64,7 +71,7 @@ def layout(module: str, shape: Sequence[int], grid: Grid) -> list[TensorInfo]:
         TensorInfo(f"{weight}.quant_map", torch.float32, (16,)),
         TensorInfo(f"{weight}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK),)),
         TensorInfo(f"{weight}.nested_quant_map", torch.float32, (256,)),
-        TensorInfo(f"{weight}.{_STATE}", torch.uint8, (_STATE_BYTES,)),
+        TensorInfo(f"{weight}.{_STATES['nf4']}", torch.uint8, (_STATE_BYTES,)),
     ]
 
 
@@ -82,24 +89,24 @@ def encode(module: str, codes: Codes, grid: Grid) -> dict[str, torch.Tensor]:
         "blocksize": codes.block,
         "dtype": str(codes.dtype).removeprefix("torch."),
         "shape": list(codes.shape),
-        "nested_blocksize": codes.nested_block,
+        "nested_blocksize": codes.absmax.block,
         "nested_dtype": "float32",
-        "nested_offset": codes.offset,
+        "nested_offset": codes.absmax.offset,
     }
     raw = json.dumps(state).encode("ascii").ljust(_STATE_BYTES)
     return {
         weight: codes.packed.reshape(-1, 1),
-        f"{weight}.absmax": codes.absmax,
+        f"{weight}.absmax": codes.absmax.codes,
         f"{weight}.quant_map": codes.codebook,
-        f"{weight}.nested_absmax": codes.nested_absmax,
-        f"{weight}.nested_quant_map": codes.nested_codebook,
-        f"{weight}.{_STATE}": torch.frombuffer(bytearray(raw), dtype=torch.uint8),
+        f"{weight}.nested_absmax": codes.absmax.absmax,
+        f"{weight}.nested_quant_map": codes.absmax.codebook,
+        f"{weight}.{_STATES['nf4']}": torch.frombuffer(bytearray(raw), dtype=torch.uint8),
     }
 
 
 def quantization_config(grid: Grid, facts: Facts) -> dict[str, Any]:
     """The `quantization_config` of config.json; `llm_int8_skip_modules` holds for 4 bits too."""
-    four = isinstance(grid, Nf4Grid)
+    four = isinstance(grid, Bnb4Grid)
     return {
         "_load_in_4bit": four,
         "_load_in_8bit": not four,
@@ -123,122 +130,203 @@ def extra_files(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 @dataclass(frozen=True)
+class _State:
+    """What the JSON beside a 4-bit weight says; `nested_block` is None without double quantization."""
+
+    block: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nested_block: int | None
+    nested_offset: float
+
+
+@dataclass(frozen=True)
 class BitsandbytesDecoder:
-    """Reads NF4 with double quantization, and LLM.int8."""
+    """Reads NF4 and FP4, each with and without double quantization, and LLM.int8."""
 
     stored: Mapping[str, StoredTensor]
     float_dtype: torch.dtype
 
-    def _owner(self, name: str) -> str | None:
-        """The quantized weight that a stored tensor is a part of, itself included; None if of none."""
-        for marker in (".weight.", ".SCB", ".weight_format", ".weight"):
-            module, found, _ = name.rpartition(marker)
-            if found and (module + ".SCB" in self.stored or f"{module}.weight.absmax" in self.stored):
-                return f"{module}.weight"
-        return None
-
     def infos(self) -> dict[str, TensorInfo]:
-        """Names, dtypes and shapes of the full-precision tensors, in file order."""
+        """Names, dtypes and shapes of the full-precision tensors, in file order.
+
+        A 4-bit layer's `weight` has the dtype it was made from, an 8-bit one `float_dtype`. Raises
+        CorruptFileError for a layer whose tensors do not fit together, and UnsupportedModelError for
+        8-bit codes in another order than row-major.
+        """
         return self._infos
 
     def is_quantized(self, name: str) -> bool:
         """Whether `name` is the weight of a quantized layer."""
-        return name.endswith(".weight") and self._owner(name) == name
-
-    @cached_property
-    def _infos(self) -> dict[str, TensorInfo]:
-        """Full-precision tensors; a quantized layer's `weight` has the dtype it was made from."""
-        infos: dict[str, TensorInfo] = {}
-        for name, tensor in self.stored.items():
-            owner = self._owner(name)
-            if owner is None:
-                infos[name] = tensor
-            elif owner == name:
-                infos[name] = self._info(name, tensor)
-        return infos
-
-    def _info(self, name: str, tensor: StoredTensor) -> TensorInfo:
-        if tensor.dtype == torch.int8:
-            return TensorInfo(name, self.float_dtype, tensor.shape)
-        state = self._state(name)
-        return TensorInfo(name, _FLOATS[state["dtype"]], tuple(state["shape"]))
+        return name in self._quantized
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as stored, or a layer's weight in fp32, unrounded."""
-        tensor = read_tensor(self.stored[name])
-        if not self.is_quantized(name):
-            return tensor
-        module = name.removesuffix(".weight")
-        if tensor.dtype == torch.int8:
-            absmax = read_tensor(self.stored[f"{module}.SCB"])
-            if len(tensor.shape) != 2 or absmax.shape != tensor.shape[:1]:
-                raise CorruptFileError(f"{module}.SCB does not fit {name}")
-            return Int8RowGrid().decode(Int8RowCodes(tensor, absmax))
-        return Nf4Grid().decode(self._nf4_codes(name, tensor.reshape(-1)))
+        if name not in self._quantized:
+            return read_tensor(self.stored[name])
+        if self._is_int8(name):
+            codes, absmax = self._int8(name)
+            return Int8RowGrid().decode(Int8RowCodes(read_tensor(codes), read_tensor(absmax)))
+        return Bnb4Grid().decode(self._bnb4_codes(name, self._state(name)))
 
-    def _nf4_codes(self, name: str, packed: torch.Tensor) -> Nf4Codes:
+    @cached_property
+    def _quantized(self) -> frozenset[str]:
+        """Names of the weights that a part of a quantized layer is stored for."""
+        return frozenset(owner for name in self.stored if (owner := _owner(name)))
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        infos: dict[str, TensorInfo] = {}
+        for name, tensor in self.stored.items():
+            if name in self._quantized:
+                infos[name] = self._info(name)
+            elif name.endswith(".weight") and tensor.dtype in (torch.int8, torch.uint8):
+                raise CorruptFileError(
+                    f"{name} is {tensor.dtype} and has no scales",
+                    expected="SCB (8 bits), or absmax, quant_map and quant_state (4 bits)",
+                )
+            elif not _owner(name):
+                infos[name] = tensor
+        for name in sorted(self._quantized - infos.keys()):
+            raise CorruptFileError(f"{name} is missing, though its scales are there")
+        return infos
+
+    def _info(self, name: str) -> TensorInfo:
+        if self._is_int8(name):
+            return TensorInfo(name, self.float_dtype, self._int8(name)[0].shape)
         state = self._state(name)
-        parts = {
-            part: self._part(name, part)
-            for part in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-        }
-        count = math.prod(state["shape"])
-        blocks = -(-count // state["blocksize"])
+        return TensorInfo(name, state.dtype, state.shape)
+
+    def _is_int8(self, name: str) -> bool:
+        module = name.removesuffix(".weight")
+        return any(f"{module}.{part}" in self.stored for part in _PARTS_8)
+
+    def _int8(self, name: str) -> tuple[StoredTensor, StoredTensor]:
+        """Codes [out, in] and maxima [out] of an 8-bit layer, seen to fit together."""
+        module = name.removesuffix(".weight")
+        codes, absmax = self._part(name), self._part(f"{module}.SCB")
         if (
-            packed.dtype != torch.uint8
-            or len(packed) != -(-count // 2)
-            or parts["absmax"].shape != (blocks,)
-            or parts["quant_map"].shape != (16,)
-            or parts["nested_quant_map"].shape != (256,)
-            or parts["nested_absmax"].shape != (-(-blocks // state["nested_blocksize"]),)
+            codes.dtype != torch.int8
+            or len(codes.shape) != 2
+            or absmax.shape != codes.shape[:1]
+            or not absmax.dtype.is_floating_point
         ):
-            raise CorruptFileError(f"the tensors of {name} do not fit its shape {state['shape']}")
-        return Nf4Codes(
-            packed,
-            parts["absmax"],
-            parts["quant_map"],
-            parts["nested_absmax"],
-            parts["nested_quant_map"],
-            float(state["nested_offset"]),
-            tuple(state["shape"]),
-            _FLOATS[state["dtype"]],
-            state["blocksize"],
-            state["nested_blocksize"],
+            raise CorruptFileError(
+                f"{_described(codes)}, {_described(absmax)}",
+                expected="int8 codes [out, in] and floats [out]",
+            )
+        order = self.stored.get(f"{module}.weight_format")
+        if order is not None:
+            if order.dtype != torch.uint8 or order.numel != 1:
+                raise CorruptFileError(_described(order), expected="one uint8")
+            if number := int(read_tensor(order)):
+                shown = _ORDERS[number] if number < len(_ORDERS) else "unknown"
+                raise UnsupportedModelError(
+                    f"the codes of {name} lie in the order {number} ({shown})",
+                    expected="0 (row), the only order that bitsandbytes still reads",
+                )
+        return codes, absmax
+
+    def _bnb4_codes(self, name: str, state: _State) -> Bnb4Codes[torch.Tensor | NestedAbsmax]:
+        absmax = self._read(f"{name}.absmax")
+        nested: NestedAbsmax | None = None
+        if state.nested_block is not None:
+            codebook = self._read(f"{name}.nested_quant_map").float()
+            outer = self._read(f"{name}.nested_absmax").float()
+            nested = NestedAbsmax(absmax, codebook, outer, state.nested_offset, state.nested_block)
+        return Bnb4Codes(
+            self._read(name).reshape(-1).view(torch.uint8),
+            nested or absmax,
+            self._read(f"{name}.quant_map").float(),
+            state.shape,
+            state.dtype,
+            state.block,
         )
 
-    def _part(self, name: str, part: str) -> torch.Tensor:
-        tensor = self.stored.get(f"{name}.{part}")
-        if tensor is None:
-            raise CorruptFileError(f"{name} has no {part}", expected="NF4 with double quantization")
-        return read_tensor(tensor)
-
-    def _state(self, name: str) -> dict[str, Any]:
-        if f"{name}.{_STATE}" not in self.stored:
-            raise UnsupportedModelError(
-                f"{name} is 4-bit, but not NF4", expected="NF4 with double quantization"
+    def _state(self, name: str) -> _State:
+        """The state of a 4-bit weight, seen to fit its tensors."""
+        state = self._parsed_state(name)
+        count = math.prod(state.shape)
+        blocks = -(-count // state.block)
+        lengths = {"absmax": blocks, "quant_map": 16}
+        if state.nested_block is not None:
+            lengths |= {"nested_absmax": -(-blocks // state.nested_block), "nested_quant_map": 256}
+        for part, length in lengths.items():
+            tensor = self._part(f"{name}.{part}")
+            coded = part == "absmax" and state.nested_block is not None
+            fits = tensor.dtype == torch.uint8 if coded else tensor.dtype.is_floating_point
+            if tensor.shape != (length,) or not fits:
+                kind = "bytes" if coded else "floats"
+                raise CorruptFileError(_described(tensor), expected=f"{kind} [{length}], as its state says")
+        if (packed := self._part(name)).size != -(-count // 2):
+            raise CorruptFileError(
+                f"{_described(packed)}, {packed.size} bytes",
+                expected=f"half a byte for each value of {list(state.shape)}",
             )
-        raw = self._part(name, _STATE).numpy().tobytes()
+        return state
+
+    def _parsed_state(self, name: str) -> _State:
+        kinds = [kind for kind, part in _STATES.items() if f"{name}.{part}" in self.stored]
+        if len(kinds) != 1:
+            raise CorruptFileError(
+                f"{name} has {len(kinds)} quantization states",
+                expected="one, " + " or ".join(_STATES.values()),
+            )
+        tensor = self._part(f"{name}.{_STATES[kinds[0]]}")
+        if tensor.dtype != torch.uint8 or tensor.size > _MAX_STATE_BYTES:
+            raise CorruptFileError(_described(tensor), expected="JSON as bytes")
         try:
-            state = json.loads(raw)
-            whole = [state["blocksize"], state["nested_blocksize"], *state["shape"]]
-            if not all(isinstance(n, int) and n > 0 for n in whole):
-                raise ValueError("sizes must be positive")
-            float(state["nested_offset"])
-            _FLOATS[state["dtype"]]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CorruptFileError(f"{name}.{_STATE} is damaged: {error!r}") from error
-        return dict(state)
+            return _state_of(json.loads(read_tensor(tensor).numpy().tobytes()), kinds[0])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise CorruptFileError(f"{tensor.name} is damaged: {error!r}") from error
+
+    def _part(self, name: str) -> StoredTensor:
+        tensor = self.stored.get(name)
+        if tensor is None:
+            raise CorruptFileError(f"{name} is missing, though other parts of its layer are there")
+        return tensor
+
+    def _read(self, name: str) -> torch.Tensor:
+        return read_tensor(self._part(name))
+
+
+def _owner(name: str) -> str | None:
+    """The quantized weight that a stored tensor is a part of, by its name; None if of none."""
+    module, found, part = name.rpartition(".weight.")
+    if found and part in _PARTS_4:
+        return f"{module}.weight"
+    module, _, part = name.rpartition(".")
+    return f"{module}.weight" if part in _PARTS_8 else None
+
+
+def _described(tensor: StoredTensor) -> str:
+    return f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}"
+
+
+def _state_of(content: Any, kind: str) -> _State:
+    """The state that a JSON object says; ValueError, KeyError, TypeError or OverflowError if none."""
+    if content["quant_type"] != kind:
+        raise ValueError(f"its quant_type is not {kind}")
+    if content["dtype"] not in _FLOATS:
+        raise ValueError(f"its dtype is none of {', '.join(_FLOATS)}")
+    nested = "nested_blocksize" in content
+    sizes = [content["blocksize"], *content["shape"], *([content["nested_blocksize"]] if nested else [])]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError("its sizes are no positive integers")
+    offset = float(content["nested_offset"]) if nested else 0.0
+    if not math.isfinite(offset):
+        raise ValueError("its nested_offset is not finite")
+    return _State(
+        content["blocksize"],
+        _FLOATS[content["dtype"]],
+        tuple(content["shape"]),
+        content["nested_blocksize"] if nested else None,
+        offset,
+    )
 
 
 def decoder(
     config: Mapping[str, Any], stored: Mapping[str, StoredTensor], float_dtype: torch.dtype
 ) -> BitsandbytesDecoder:
-    """The reader of a checkpoint with this `quantization_config`."""
-    if config.get("load_in_4bit") and (
-        config.get("bnb_4bit_quant_type") != "nf4" or not config.get("bnb_4bit_use_double_quant")
-    ):
-        raise UnsupportedModelError(
-            "a 4-bit bitsandbytes checkpoint of another kind",
-            expected="NF4 with double quantization can be read so far",
-        )
+    """The reader of a checkpoint with this `quantization_config`; each layer tells its kind by itself."""
     return BitsandbytesDecoder(stored, float_dtype)

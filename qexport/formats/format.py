@@ -1,4 +1,5 @@
-"""What every format module has: how a layer's tensors are named, written, told in config.json, and read."""
+"""What a format module has: how a checkpoint is read; and where qexport writes it too, how a layer's
+tensors are named, written and told in config.json."""
 
 from __future__ import annotations
 
@@ -27,10 +28,22 @@ class Facts:
     damp: float | None = None
 
 
-class Format(Protocol):
-    """A format module's functions. Grid and codes are those of the grids that the format can hold."""
+class Reader(Protocol):
+    """The functions of a format module that reads."""
 
-    METHOD: str
+    METHOD: str  # the `quant_method` of its checkpoints
+
+    def decoder(
+        self,
+        config: Mapping[str, Any],
+        stored: Mapping[str, StoredTensor],
+        float_dtype: torch.dtype,
+    ) -> Decoder:
+        """The reader of a checkpoint with this `quantization_config`."""
+
+
+class Format(Reader, Protocol):
+    """Those of a module that writes as well. Grid and codes are of the grids that the format can hold."""
 
     def obstacle(self, shape: Sequence[int], grid: Any) -> str | None:
         """Why a matrix [out, in] cannot be stored, in a few words; None when it can."""
@@ -46,11 +59,3 @@ class Format(Protocol):
 
     def extra_files(self, config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
         """Further JSON files that runtimes look for, made from the config."""
-
-    def decoder(
-        self,
-        config: Mapping[str, Any],
-        stored: Mapping[str, StoredTensor],
-        float_dtype: torch.dtype,
-    ) -> Decoder:
-        """The reader of a checkpoint with this `quantization_config`."""

@@ -10,10 +10,15 @@ import torch
 from qexport.checkpoint.checkpoint import Checkpoint, open_directory
 from qexport.checkpoint.hub import resolve
 from qexport.errors import UnsupportedModelError
-from qexport.formats import bitsandbytes, gptq
-from qexport.formats.format import Format
+from qexport.formats import awq, bitsandbytes, gptq
+from qexport.formats.format import Reader
 
-FORMATS: dict[str, Format] = {gptq.METHOD: gptq, bitsandbytes.METHOD: bitsandbytes}
+# What can be opened, by `quant_method`. What can be written is in methods.py.
+FORMATS: dict[str, Reader] = {
+    gptq.METHOD: gptq,
+    awq.METHOD: awq,
+    bitsandbytes.METHOD: bitsandbytes,
+}
 
 
 def float_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -40,7 +45,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     if method not in FORMATS:
         raise UnsupportedModelError(
             f"{checkpoint.path} is quantized by {method!r}",
-            expected=f"{' and '.join(FORMATS)} can be read so far",
+            expected=f"{', '.join(FORMATS)} can be read so far",
         )
     decoder = FORMATS[method].decoder(config, checkpoint.stored, float_dtype(checkpoint))
     return replace(checkpoint, decoder=decoder)

@@ -1,4 +1,4 @@
-"""From a recipe to its tasks, and what they will do: all of it before anything runs."""
+"""From a recipe to a job, and what the job will do: all of it before anything runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from qexport.calibrate.texts import read_documents, read_pairs
 from qexport.checkpoint.checkpoint import open_directory
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.staging import require_space
-from qexport.errors import RecipeError
+from qexport.errors import OutputExistsError, RecipeError
 from qexport.events import Event, Noted, OnEvent, ignore
-from qexport.graph.recipe import ExportRecipe
+from qexport.graph.foreign import ModelRecipe, merged_beside
+from qexport.graph.recipe import AnyRecipe, ExportRecipe
 from qexport.graph.tasks import (
     MergeTask,
+    ModelTask,
     QuantizeTask,
     ReportTask,
     ShardTask,
@@ -21,13 +23,31 @@ from qexport.graph.tasks import (
     Task,
     VerifyTask,
 )
-from qexport.merging.merge import check_merge
+from qexport.merging.adapter import split_weight
+from qexport.merging.plan import plan_merge
 from qexport.modeling.architectures import architecture_of
-from qexport.modeling.skeleton import build_skeleton
+from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.quantization import planned_size
-from qexport.specs import AnyQuantizeSpec
+from qexport.specs import AnyQuantizeSpec, CalibrationSpec, ShardSpec
 from qexport.verification.verify import evaluation_data
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a recipe comes to: its tasks, each after those that it needs."""
+
+    base: Path
+    output: Path
+    title: str
+    tasks: tuple[Task, ...]
+    report: ReportTask | None = None
+    replace: bool = True  # whether a model of qexport's that is there may be replaced
+
+    @property
+    def models(self) -> tuple[ModelTask, ...]:
+        """The tasks that make models."""
+        return tuple(task for task in self.tasks if isinstance(task, ModelTask))
 
 
 def variant_name(spec: AnyQuantizeSpec) -> str:
@@ -37,16 +57,47 @@ def variant_name(spec: AnyQuantizeSpec) -> str:
     return f"{spec.method}-{spec.bits}bit{suffix}"
 
 
-def build(recipe: ExportRecipe) -> list[Task]:
-    """The recipe's tasks, each after those that it needs; the report is the last.
+def build(recipe: AnyRecipe, *, on_event: OnEvent = ignore) -> Job:
+    """The recipe's job: variants with their scores and a report, or one model; says what its notes say.
 
-    Raises RecipeError when two variants would get the same name.
+    Hub ids become snapshots once: what an id points to may change while the job runs.
+    Raises RecipeError when two variants would get the same name, or the output a name that no file can have.
     """
+    if "\0" in recipe.output:
+        raise RecipeError(f"the output {recipe.output!r} is no name that a directory can have")
+    base = str(resolve(recipe.base))
+    adapters = tuple(map(_snapshot, recipe.adapters))
+    if isinstance(recipe, ModelRecipe):
+        for note in recipe.notes:
+            on_event(Noted(note))
+        return _one_model(recipe, base, adapters)
+    return _variants(recipe, base, adapters)
+
+
+def _snapshot(adapter: str) -> str:
+    """The adapter's local directory, with its weight if it has one."""
+    name, weight = split_weight(adapter)
+    return str(resolve(name)) + ("" if weight is None else f":{weight}")
+
+
+def _one_model(recipe: ModelRecipe, base: str, adapters: tuple[str, ...]) -> Job:
     out = Path(recipe.output)
     tasks: list[Task] = []
-    # Hub ids become snapshots once: what an id points to may change while the recipe runs
-    base = str(resolve(recipe.base))
-    adapters = tuple(str(resolve(adapter)) for adapter in recipe.adapters)
+    source: Source = base
+    if adapters:
+        merged = merged_beside(recipe.output) if recipe.quantize else out
+        source = MergeTask("merge", merged, base, adapters, recipe.merge)
+        tasks.append(source)
+    if recipe.quantize:
+        tasks.append(QuantizeTask(variant_name(recipe.quantize), out, source, recipe.quantize))
+    if not tasks:
+        tasks.append(ShardTask("shard", out, base, ShardSpec(max_shard_size=recipe.merge.max_shard_size)))
+    return Job(base=Path(base), output=out, title="models", tasks=tuple(tasks), replace=recipe.replace)
+
+
+def _variants(recipe: ExportRecipe, base: str, adapters: tuple[str, ...]) -> Job:
+    out = Path(recipe.output)
+    tasks: list[Task] = []
     source: Source = base
     if adapters:
         source = MergeTask("merge", out / "merged", base, adapters, recipe.merge)
@@ -68,8 +119,8 @@ def build(recipe: ExportRecipe) -> list[Task]:
         verified = VerifyTask(f"verify {name}", scores, made, recipe.verify)
         tasks += [made, verified]
         variants.append((made, verified))
-    tasks.append(ReportTask("report", out, recipe.title, reference, tuple(variants)))
-    return tasks
+    report = ReportTask("report", out, recipe.title, reference, tuple(variants))
+    return Job(base=Path(base), output=out, title=recipe.title, tasks=(*tasks, report), report=report)
 
 
 @dataclass(frozen=True)
@@ -81,28 +132,11 @@ class Planned:
     size_bytes: int | None
 
 
-def plan(
-    recipe: ExportRecipe,
-    tasks: list[Task],
-    *,
-    trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
-) -> list[Planned]:
-    """Checks the whole recipe against its inputs and tells what would run; reads headers and hashes.
+def plan(job: Job, *, trust_remote_code: bool = False, on_event: OnEvent = ignore) -> list[Planned]:
+    """Checks the whole job against its inputs and tells what would run; reads headers and hashes.
 
     Raises whatever InputError a task would run into for its options or inputs.
     """
-    base = resolve(recipe.base)
-    checkpoint = open_directory(base)
-    if recipe.adapters:
-        check_merge(recipe.base, recipe.adapters)
-    text, pairs = evaluation_data(recipe.verify)
-    read_documents(text)
-    if pairs:
-        read_pairs(pairs)
-    skeleton = build_skeleton(base, trust_remote_code=trust_remote_code)
-    architecture_of(skeleton.model_type)
-    load_tokenizer(base, trust_remote_code=trust_remote_code)
     told: set[str] = set()
 
     def once(event: Event) -> None:
@@ -111,18 +145,52 @@ def plan(
         if isinstance(event, Noted):
             told.add(event.text)
 
+    sizes: dict[str, int] = {}
+    checkpoint = open_directory(job.base)
+    for task in job.tasks:
+        if isinstance(task, MergeTask):
+            merging = plan_merge(
+                task.base, task.adapters, task.spec, trust_remote_code=trust_remote_code, on_event=once
+            )
+            sizes[task.name] = merging.size
+            checkpoint = merging.base.checkpoint
+    skeleton = _check_inputs(job, checkpoint.path, trust_remote_code)
+    decodes = bool(sizes) and checkpoint.quantization is not None  # what is quantized is not there to look at
     planned: list[Planned] = []
     running: set[str] = set()
-    for task in tasks:
-        size = None
-        if isinstance(task, QuantizeTask):
+    for task in job.tasks:
+        size = sizes.get(task.name)
+        if isinstance(task, QuantizeTask) and skeleton and not decodes:
             size = planned_size(checkpoint, skeleton, task.spec, on_event=once)
-        elif isinstance(task, (MergeTask, ShardTask)):
-            size = checkpoint.weights_size
+        elif isinstance(task, ShardTask):
+            size = next(iter(sizes.values()), checkpoint.weights_size)
         runs = any(need.name in running for need in task.needs) or not task.stands()
         if runs:
             running.add(task.name)
             task.check()
+            if isinstance(task, ModelTask) and task.occupied() and not job.replace:
+                raise OutputExistsError(
+                    f"{task.out} is there already, made of other inputs or options",
+                    remedy="let the recipe say exist_ok: true, or choose another output in it",
+                )
         planned.append(Planned(task, runs, size))
-    require_space(Path(recipe.output), sum(step.size_bytes or 0 for step in planned if step.runs))
+    require_space(job.output, sum(step.size_bytes or 0 for step in planned if step.runs))
     return planned
+
+
+def _check_inputs(job: Job, base: Path, trust_remote_code: bool) -> Skeleton | None:
+    """Reads the texts that the tasks will; the skeleton, if any of them needs the model's structure."""
+    for spec in dict.fromkeys(task.spec for task in job.tasks if isinstance(task, VerifyTask)):
+        text, pairs = evaluation_data(spec)
+        read_documents(text)
+        if pairs:
+            read_pairs(pairs)
+    specs = [task.spec for task in job.tasks if isinstance(task, (QuantizeTask, VerifyTask))]
+    if not specs:
+        return None
+    skeleton = build_skeleton(base, trust_remote_code=trust_remote_code)
+    if job.report:
+        architecture_of(skeleton.model_type)
+    if job.report or any(isinstance(spec, CalibrationSpec) for spec in specs):
+        load_tokenizer(base, trust_remote_code=trust_remote_code)
+    return skeleton

@@ -1,17 +1,20 @@
-"""A recipe file: what `qexport export` makes of one fine-tune, as YAML."""
+"""A recipe file: what `qexport export` makes of one fine-tune, as YAML; other tools' files will do."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 from qexport.checkpoint.disk import exists, read_errors
 from qexport.errors import RecipeError
+from qexport.graph.foreign import Dialect, ModelRecipe, read_foreign
+from qexport.graph.keys import validated
+from qexport.graph.llamafactory import LLAMA_FACTORY
+from qexport.graph.swift import SWIFT
 from qexport.specs import (
     METHODS,
     MergeSpec,
@@ -55,7 +58,18 @@ class ExportRecipe(Spec):
         return spread
 
 
-def read_recipe(path: Path) -> ExportRecipe:
+AnyRecipe = ExportRecipe | ModelRecipe
+
+_PARTS: dict[str, type[BaseModel]] = {
+    "merge": MergeSpec,
+    "shard": ShardSpec,
+    "verify": VerifySpec,
+    **METHODS,
+}
+_DIALECTS = (LLAMA_FACTORY, SWIFT)
+
+
+def read_recipe(path: Path) -> AnyRecipe:
     """The recipe in a YAML file. Raises RecipeError with the key that is wrong and the nearest right one."""
     if not exists(path):
         raise RecipeError(f"the recipe {path} does not exist")
@@ -67,8 +81,11 @@ def read_recipe(path: Path) -> ExportRecipe:
     return parse_recipe(text, str(path))
 
 
-def parse_recipe(text: str, name: str) -> ExportRecipe:
-    """The recipe in `text`; `name` is what errors call it."""
+def parse_recipe(text: str, name: str) -> AnyRecipe:
+    """The recipe in `text`; `name` is what errors call it.
+
+    Its keys tell whose it is: qexport's own, LLaMA-Factory's or SWIFT's.
+    """
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -76,39 +93,32 @@ def parse_recipe(text: str, name: str) -> ExportRecipe:
         raise RecipeError(f"{name} is not YAML: {reason}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{name} holds no keys", expected="base, output and what to make")
-    try:
-        return ExportRecipe.model_validate(content)
-    except ValidationError as error:
-        raise RecipeError(f"{name}: " + "; ".join(map(_line, error.errors()))) from error
+    dialect = _dialect(content, name)
+    if dialect is None:
+        return validated(ExportRecipe, content, name, _PARTS)
+    return read_foreign(dialect, content, name)
 
 
-_SPECS: dict[str, type[BaseModel]] = {
-    "merge": MergeSpec,
-    "shard": ShardSpec,
-    "verify": VerifySpec,
-    **METHODS,
-}
+def _dialect(content: Mapping[Any, Any], name: str) -> Dialect | None:
+    """Whose file it is, by the keys that only one tool knows; None when it is our own.
 
-
-def _line(error: Any) -> str:
-    """One of pydantic's errors in one line, with the nearest known key for an unknown one."""
-    place = [str(part) for part in error["loc"]]
-    key = ".".join(place)
-    kind = error["type"]
-    if kind == "extra_forbidden":
-        owner = next((_SPECS[p] for p in reversed(place[:-1]) if p in _SPECS), ExportRecipe)
-        known = list(owner.model_fields)
-        near = difflib.get_close_matches(place[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        return f"unknown key {key!r}; {hint}"
-    if kind == "missing":
-        return f"the key {key!r} is missing"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        found = error["input"].get("method") if isinstance(error["input"], Mapping) else None
-        near = difflib.get_close_matches(str(found), list(METHODS), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHODS)}"
-        return f"{key}: unknown method {found!r}; {hint}"
-    message = error["msg"].replace("valid tuple", "list").removeprefix("Value error, ")
-    if kind == "model_type":
-        message = "input should have keys of its own"
-    return f"{key}: {message[:1].lower()}{message[1:]}, found {error['input']!r}"
+    Raises RecipeError when two tools have such keys in it.
+    """
+    owners: dict[str, list[str]] = {}
+    counts: dict[str, int] = {"qexport": 0}
+    for key in map(str, content):
+        knowing = ["qexport"] if key in ExportRecipe.model_fields else []
+        knowing += [dialect.tool for dialect in _DIALECTS if dialect.knows(key)]
+        for tool in knowing:
+            counts[tool] = counts.get(tool, 0) + 1
+        if len(knowing) == 1:
+            owners.setdefault(knowing[0], []).append(key)
+    if len(owners) > 1:
+        found = " and ".join(f"{tool}'s ({', '.join(keys[:3])})" for tool, keys in owners.items())
+        raise RecipeError(
+            f"{name} mixes keys of several tools: {found}",
+            expected="one tool's keys only",
+            remedy="take the others out, or write them in that tool's words",
+        )
+    tool = next(iter(owners), None) or max(counts, key=counts.__getitem__)
+    return next((dialect for dialect in _DIALECTS if dialect.tool == tool), None)

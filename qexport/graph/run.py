@@ -1,4 +1,4 @@
-"""Runs a recipe's tasks in order, skipping those whose results stand."""
+"""Runs a job's tasks in order, skipping those whose results stand."""
 
 from __future__ import annotations
 
@@ -9,17 +9,28 @@ from pathlib import Path
 from qexport.errors import GateError
 from qexport.events import OnEvent, ignore
 from qexport.graph.build import build, plan
-from qexport.graph.recipe import ExportRecipe, read_recipe
-from qexport.graph.tasks import Context, ReportTask, Task
+from qexport.graph.foreign import ModelRecipe
+from qexport.graph.recipe import AnyRecipe, ExportRecipe, read_recipe
+from qexport.graph.tasks import Context, Task
 from qexport.report.rows import Row, recipe_lines
 
 
 @dataclass(frozen=True)
+class MadeModel:
+    """A model that an export made, or found standing: by which task, where, and the bytes of its files."""
+
+    name: str
+    path: Path
+    size_bytes: int
+
+
+@dataclass(frozen=True)
 class ExportResult:
-    """What an export made: its directory, the report's rows, and which tasks ran."""
+    """What an export made: its models, the report's rows if it has a report, and which tasks ran."""
 
     output: Path
     title: str
+    models: tuple[MadeModel, ...]
     rows: tuple[Row, ...]
     recipe_lines: tuple[str, ...]
     ran: tuple[str, ...]
@@ -31,7 +42,7 @@ OnTask = Callable[[Task, bool, int, int], None]
 
 
 def export(
-    recipe: ExportRecipe | str | Path,
+    recipe: AnyRecipe | str | Path,
     *,
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
@@ -39,37 +50,37 @@ def export(
 ) -> ExportResult:
     """Runs a recipe: merge, shard, quantize and verify each variant, and report.
 
-    Everything is checked before the first task runs. A task whose result stands is skipped.
+    Another tool's export file makes one model, without scores and report. Everything is checked before
+    the first task runs. A task whose result stands is skipped.
     Whether the losses are within the recipe's gate is for `require_within_gate` to say.
     """
-    if not isinstance(recipe, ExportRecipe):
+    if not isinstance(recipe, (ExportRecipe, ModelRecipe)):
         recipe = read_recipe(Path(recipe))
-    tasks = build(recipe)
-    plan(recipe, tasks, trust_remote_code=trust_remote_code)
+    job = build(recipe, on_event=on_event)
+    plan(job, trust_remote_code=trust_remote_code)
     context = Context(on_event, trust_remote_code)
     ran: list[str] = []
     skipped: list[str] = []
-    for number, task in enumerate(tasks, start=1):
+    for number, task in enumerate(job.tasks, start=1):
         runs = not task.stands()
-        on_task(task, runs, number, len(tasks))
+        on_task(task, runs, number, len(job.tasks))
         if runs:
             task.run(context)
         (ran if runs else skipped).append(task.name)
-    report = tasks[-1]
-    assert isinstance(report, ReportTask)  # noqa: S101 - build() puts it last
     return ExportResult(
-        output=Path(recipe.output),
-        title=recipe.title,
-        rows=tuple(report.rows()),
-        recipe_lines=tuple(recipe_lines(report.reference.scores())),
+        output=job.output,
+        title=job.title,
+        models=tuple(MadeModel(task.name, task.out, task.size_bytes()) for task in job.models),
+        rows=tuple(job.report.rows()) if job.report else (),
+        recipe_lines=tuple(recipe_lines(job.report.reference.scores())) if job.report else (),
         ran=tuple(ran),
         skipped=tuple(skipped),
     )
 
 
-def require_within_gate(result: ExportResult, recipe: ExportRecipe) -> None:
+def require_within_gate(result: ExportResult, recipe: AnyRecipe) -> None:
     """Raises GateError that names every variant that loses more than the recipe's `verify.max_loss`."""
-    max_loss = recipe.verify.max_loss
+    max_loss = recipe.verify.max_loss if isinstance(recipe, ExportRecipe) else None
     if max_loss is None:
         return
     failing = [

@@ -21,6 +21,7 @@ from qexport.checkpoint.manifest import (
     Recipe,
     add_figures,
     read_figures,
+    read_manifest,
     stands,
 )
 from qexport.checkpoint.resharding import shard, shard_recipe
@@ -28,6 +29,7 @@ from qexport.checkpoint.staging import check_target, write_file_atomically
 from qexport.errors import OutputExistsError, QexportError
 from qexport.events import OnEvent
 from qexport.measure import Measured
+from qexport.merging.adapter import split_weight
 from qexport.merging.merge import merge, merge_recipe
 from qexport.quantization import quantize, quantize_recipe
 from qexport.report.rows import MARK, Row, make_row, report_json, report_markdown
@@ -82,13 +84,19 @@ def _path(source: Source) -> Path:
     return source.out if isinstance(source, Task) else resolve(source)
 
 
-def _needs(*sources: Source) -> tuple[Task, ...]:
-    return tuple(source for source in sources if isinstance(source, Task))
-
-
 @dataclass(frozen=True)
 class ModelTask(Task):
     """A task whose result is a model directory with a manifest."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[Source, ...]:
+        """What it reads: tasks' results and the user's own directories."""
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        """The tasks among the sources."""
+        return tuple(source for source in self.sources if isinstance(source, Task))
 
     @abstractmethod
     def recipe(self) -> Recipe:
@@ -101,14 +109,24 @@ class ModelTask(Task):
     def _ours(self) -> bool:
         return is_file(self.out / MANIFEST_FILE)
 
+    def occupied(self) -> bool:
+        """Whether anything lies at `out`; an empty directory is nothing."""
+        return exists(self.out) and not (self.out.is_dir() and not any(self.out.iterdir()))
+
+    def size_bytes(self) -> int:
+        """Bytes of the result's files, by its manifest."""
+        return sum(record["size"] for record in read_manifest(self.out)["files"].values())
+
     def check(self) -> None:
         """Raises OutputExistsError when something lies there that must not be replaced."""
-        if not self._ours() and exists(self.out) and not (self.out.is_dir() and not any(self.out.iterdir())):
+        inputs = [_path(source) for source in self.sources if isinstance(source, str)]
+        is_input = self.out.resolve() in [path.resolve() for path in inputs]  # check_target's words fit then
+        if self.occupied() and not self._ours() and not is_input:
             raise OutputExistsError(
                 f"{self.out} is there already and was not made by qexport",
                 remedy="move it away, or choose another output in the recipe",
             )
-        check_target(self.out, overwrite=True)
+        check_target(self.out, overwrite=True, sources=inputs)
 
     def stands(self) -> bool:
         """By the manifest's key and the files' hashes."""
@@ -131,13 +149,13 @@ class MergeTask(ModelTask):
     spec: MergeSpec
 
     @property
-    def needs(self) -> tuple[Task, ...]:
-        """Nothing: its inputs are the user's."""
-        return ()
+    def sources(self) -> tuple[Source, ...]:
+        """Base and adapters, the user's own."""
+        return (self.base, *(split_weight(adapter)[0] for adapter in self.adapters))
 
     def recipe(self) -> Recipe:
         """See `merge_recipe`."""
-        return merge_recipe(resolve(self.base), [resolve(a) for a in self.adapters], self.spec)
+        return merge_recipe(self.base, self.adapters, self.spec)
 
     def make(self, context: Context, *, overwrite: bool) -> None:
         """See `merge`."""
@@ -146,6 +164,7 @@ class MergeTask(ModelTask):
             self.adapters,
             self.out,
             self.spec,
+            trust_remote_code=context.trust_remote_code,
             overwrite=overwrite,
             on_event=context.on_event,
         )
@@ -159,9 +178,9 @@ class ShardTask(ModelTask):
     spec: ShardSpec
 
     @property
-    def needs(self) -> tuple[Task, ...]:
+    def sources(self) -> tuple[Source, ...]:
         """The source."""
-        return _needs(self.source)
+        return (self.source,)
 
     def recipe(self) -> Recipe:
         """See `shard_recipe`."""
@@ -186,9 +205,9 @@ class QuantizeTask(ModelTask):
     spec: AnyQuantizeSpec
 
     @property
-    def needs(self) -> tuple[Task, ...]:
+    def sources(self) -> tuple[Source, ...]:
         """The source."""
-        return _needs(self.source)
+        return (self.source,)
 
     def recipe(self) -> Recipe:
         """See `quantize_recipe`."""
@@ -215,8 +234,8 @@ class VerifyTask(Task):
 
     @property
     def needs(self) -> tuple[Task, ...]:
-        """The model."""
-        return _needs(self.source)
+        """The model, if a task makes it."""
+        return (self.source,) if isinstance(self.source, Task) else ()
 
     def _key(self) -> str:
         return evaluate_recipe(_path(self.source), self.spec).key

@@ -1,62 +1,146 @@
-"""A PEFT adapter directory: which module it changes, by which tensors, at which scale."""
+"""A PEFT adapter directory: its config, and its tensors by name, on disk until they are wanted."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qexport.checkpoint.checkpoint import read_json
+from qexport.checkpoint.finiteness import is_finite, non_finite_error
 from qexport.checkpoint.hub import resolve
-from qexport.checkpoint.safetensors_file import StoredTensor, read_header
+from qexport.checkpoint.safetensors_file import StoredTensor, read_header, read_rows, read_tensor
+from qexport.checkpoint.tensors import TensorInfo
 from qexport.errors import AdapterError, CheckpointNotFoundError, UnsafeFileError
-from qexport.merging.lora import lora_scale
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.\w+)?\.weight")
-_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-# PEFT saves the base's own matrix along when an embedding or the output head is adapted
-_COPY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.weight")
+PICKLE_FILE = "adapter_model.bin"
+_PIECE_VALUES = 1 << 22
+_PREFIX = re.compile(r"^base_model\.(model\.)?")
+
+_INPUT = "it changes the input of the model, not its weights"
+# what cannot become part of a weight, whatever library merges
+UNMERGEABLE = {
+    "PROMPT_TUNING": _INPUT,
+    "MULTITASK_PROMPT_TUNING": _INPUT,
+    "P_TUNING": _INPUT,
+    "CPT": _INPUT,
+    "PREFIX_TUNING": "it adds keys and values to every attention layer, which no weight can hold",
+    "CARTRIDGE": "it adds keys and values to every attention layer, which no weight can hold",
+    "ADAPTION_PROMPT": "it adds attention over learned prompts, which no weight can hold",
+    "POLY": "it routes by task when the model runs",
+    "LILY": "it mixes its experts by a router that looks at each input",
+    "SHADOW": "it runs a second network beside the model",
+    "XLORA": "it weighs its experts anew for every token when the model runs",
+}
 
 
 @dataclass(frozen=True)
-class LoraPair:
-    """A [r, in] and B [out, r] of one module, and the scale of their product."""
+class AdapterTensor(TensorInfo):
+    """A tensor of an adapter, in `file` or, out of a pickle, in memory."""
 
-    a: StoredTensor
-    b: StoredTensor
-    scale: float
+    file: Path
+    stored: StoredTensor | None = None
+    held: torch.Tensor | None = field(default=None, compare=False, repr=False)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in] of the matrix that the pair fits."""
-        return self.b.shape[0], self.a.shape[1]
+    def read(self) -> torch.Tensor:
+        """All of it, as it is stored."""
+        if self.held is not None:
+            return self.held
+        assert self.stored is not None  # noqa: S101 - one of the two is always there
+        return read_tensor(self.stored)
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows along the first side, as they are stored."""
+        if self.held is not None:
+            return self.held[begin:end]
+        assert self.stored is not None  # noqa: S101
+        return read_rows(self.stored, begin, end)
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """All of it, some megabytes at a time, in order."""
+        if not self.shape:
+            yield self.read()
+            return
+        step = max(_PIECE_VALUES * self.shape[0] // max(self.numel, 1), 1)
+        for begin in range(0, self.shape[0], step):
+            yield self.rows(begin, min(begin + step, self.shape[0]))
+
+    def same_values(self, other: AdapterTensor) -> bool:
+        """Whether both hold the same numbers."""
+        return self.shape == other.shape and all(
+            torch.equal(one.float(), two.float())
+            for one, two in zip(self.pieces(), other.pieces(), strict=True)
+        )
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened adapter: module name (without `.weight`) -> its pair.
+    """An opened adapter. `tensors` are named as in the model that was trained: PEFT's prefix is gone.
 
-    `copies` are shapes of the base's own matrices that PEFT saved along, by module name.
+    `weight` is what the user multiplies its change with; None when nothing was said, which is 1.
     """
 
     path: Path
-    base_name: str | None
-    pairs: Mapping[str, LoraPair]
-    copies: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
+    tensors: Mapping[str, AdapterTensor]
+    weight: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """PEFT's `peft_type`."""
+        return str(self.config["peft_type"])
+
+    @property
+    def base_name(self) -> str | None:
+        """What the adapter calls its base."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    @property
+    def trained_on(self) -> str:
+        """Words about the base, for errors."""
+        return f" (it names {self.base_name!r} as its base)" if self.base_name else ""
+
+
+def require_finite_adapter(adapter: Adapter) -> None:
+    """Reads the adapter's tensors once, in pieces; NonFiniteError names those that are not finite."""
+    broken = [
+        tensor.name
+        for tensor in adapter.tensors.values()
+        if not all(is_finite(piece) for piece in tensor.pieces())
+    ]
+    if broken:
+        raise non_finite_error(str(adapter.path), broken)
+
+
+def split_weight(source: str) -> tuple[str, float | None]:
+    """`A:0.7` as A and 0.7. A name that exists with its colon is taken as it stands."""
+    name, colon, tail = source.rpartition(":")
+    if not colon or not name or Path(source).exists():
+        return source, None
+    try:
+        weight = float(tail)
+    except ValueError:
+        return source, None
+    if not abs(weight) < float("inf"):
+        raise AdapterError(f"the weight of {name} is {tail}", expected="a finite number, as in A:0.7")
+    return name, weight
 
 
 def open_adapter(source: str | Path) -> Adapter:
-    """Reads an adapter's config and header; its matrices stay on disk.
+    """Reads an adapter's config and header; its matrices stay on disk. `PATH:WEIGHT` gives it a weight.
 
-    Raises CheckpointNotFoundError, AdapterError (a kind that cannot be merged here, half a pair, ranks
-    that differ), CorruptFileError, UnsafeFileError.
+    Raises CheckpointNotFoundError, AdapterError (no adapter, or of a kind that no merge can hold),
+    CorruptFileError, UnsafeFileError (a pickle that holds more than tensors).
     """
-    path = resolve(source)
+    name, weight = split_weight(str(source))
+    path = resolve(Path(name) if isinstance(source, Path) else name)
     if not path.is_dir():
         raise CheckpointNotFoundError(
             f"adapter {path} " + ("is a file" if path.exists() else "does not exist"),
@@ -65,96 +149,49 @@ def open_adapter(source: str | Path) -> Adapter:
     if not (path / CONFIG_FILE).is_file():
         raise AdapterError(f"{path} has no {CONFIG_FILE}", expected="a PEFT adapter has one")
     config = read_json(path / CONFIG_FILE)
-    _require_supported(path, config)
-    if not (path / WEIGHTS_FILE).is_file():
-        if (path / "adapter_model.bin").is_file():
-            raise UnsafeFileError(
-                f"{path} holds its weights in adapter_model.bin, a pickle that can run code",
-                expected=f"qexport reads {WEIGHTS_FILE} only",
-                remedy="load it once with PEFT where you trust it and save_pretrained() it",
-            )
-        raise AdapterError(f"{path} has no {WEIGHTS_FILE}", expected="a PEFT adapter has one")
-    tensors, _ = read_header(path / WEIGHTS_FILE)
-    copies = {m["module"]: t.shape for name, t in tensors.items() if (m := _COPY.fullmatch(name))}
-    matrices = {name: tensor for name, tensor in tensors.items() if not _COPY.fullmatch(name)}
-    return Adapter(path, config.get("base_model_name_or_path"), _pairs(path, config, matrices), copies)
-
-
-def _require_supported(path: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise AdapterError(f"{path} is a {kind} adapter", expected="LoRA and rsLoRA can be merged so far")
-    for option, what in {
-        "use_dora": "DoRA",
-        "fan_in_fan_out": "fan_in_fan_out (GPT-2's Conv1D)",
-        "lora_bias": "lora_bias",
-        "use_qalora": "QALoRA",
-        "modules_to_save": "modules_to_save",
-        "layer_replication": "layer_replication",
-        "trainable_token_indices": "trainable_token_indices",
-        "target_parameters": "target_parameters",
-        "alora_invocation_tokens": "activated LoRA",
-    }.items():
-        if config.get(option):
-            raise AdapterError(f"{path} uses {what}", expected="plain LoRA and rsLoRA can be merged so far")
-    if (init := config.get("init_lora_weights", True)) not in _HARMLESS_INITS:
+    if not isinstance(kind, str):
         raise AdapterError(
-            f"{path} was initialised by {init}, which changed the base's own weights",
-            expected="adapters that leave their base as it was can be merged so far",
-            remedy="save it converted: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)",
+            f"{path}/{CONFIG_FILE} names no peft_type", expected="LORA, or another of PEFT's kinds"
         )
-    if config.get("bias", "none") != "none":
+    if kind in UNMERGEABLE:
         raise AdapterError(
-            f"{path} was trained with bias={config['bias']!r}",
-            expected="adapters without trained biases can be merged so far",
+            f"{path} is a {kind} adapter and cannot be merged: {UNMERGEABLE[kind]}",
+            remedy="serve it with PEFT, or train a LoRA instead",
         )
+    return Adapter(path, config, _tensors(path), weight)
 
 
-def _pairs(path: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, LoraPair]:
-    sides: dict[str, dict[str, StoredTensor]] = {}
-    unknown = []
-    for name, tensor in tensors.items():
-        match = _KEY.fullmatch(name)
-        if match is None or len(tensor.shape) != 2 or not tensor.dtype.is_floating_point:
-            unknown.append(name)
-        else:
-            sides.setdefault(match["module"], {})[match["side"]] = tensor
-    if unknown:
+def _tensors(path: Path) -> dict[str, AdapterTensor]:
+    if (path / WEIGHTS_FILE).is_file():
+        stored, _ = read_header(path / WEIGHTS_FILE)
+        found = {name: AdapterTensor(name, t.dtype, t.shape, t.file, t) for name, t in stored.items()}
+    elif (path / PICKLE_FILE).is_file():
+        found = {
+            name: AdapterTensor(name, held.dtype, tuple(held.shape), path / PICKLE_FILE, held=held)
+            for name, held in _unpickled(path / PICKLE_FILE).items()
+        }
+    else:
         raise AdapterError(
-            f"{path} holds {len(unknown)} tensors that are no LoRA matrices: " + ", ".join(unknown[:3]),
-            expected="lora_A and lora_B pairs",
+            f"{path} has no {WEIGHTS_FILE} and no {PICKLE_FILE}", expected="a PEFT adapter has one"
         )
-    if not sides:
-        raise AdapterError(f"{path} holds no tensors", expected="lora_A and lora_B pairs")
-    pairs = {}
-    for module, pair in sides.items():
-        if set(pair) != {"A", "B"}:
-            raise AdapterError(f"{path} has only lora_{next(iter(pair))} of {module}")
-        a, b = pair["A"], pair["B"]
-        if a.shape[0] != b.shape[1] or not a.shape[0]:
-            raise AdapterError(
-                f"{path}: the ranks of {module} differ: lora_A has {a.shape[0]}, lora_B {b.shape[1]}"
-            )
-        pairs[module] = LoraPair(a, b, _scale(path, config, module, a.shape[0]))
-    return pairs
+    if not found:
+        raise AdapterError(f"{path} holds no tensors", expected="what PEFT saved")
+    return {_PREFIX.sub("", name): tensor for name, tensor in found.items()}
 
 
-def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise AdapterError(f"{path}: alpha_pattern is no object of names and numbers")
-    alpha = config.get("lora_alpha")
-    for pattern, value in patterns.items():
-        # PEFT's rule: the pattern, a regular expression, matches a whole name or its end after a dot
-        # (tuners_utils, get_pattern_key). One out of a downloaded file is not run: names only.
-        if not re.fullmatch(r"[\w.]+", pattern):
-            raise AdapterError(
-                f"{path}: alpha_pattern has the regular expression {pattern!r}",
-                expected="names of modules, or their ends, can be merged so far",
-            )
-        if module == pattern or module.endswith(f".{pattern}"):
-            alpha = value
-            break
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise AdapterError(f"{path}: lora_alpha is {alpha!r}", expected="a number")
-    return lora_scale(alpha, rank, rank_stabilized=bool(config.get("use_rslora")))
+def _unpickled(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a pickle, by torch's loader that makes tensors only and runs no code."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a hostile or broken file leads it to
+        raise UnsafeFileError(
+            f"{file} is a pickle that torch's weights-only loader refuses",
+            expected=f"{WEIGHTS_FILE}, or a {PICKLE_FILE} that holds tensors only",
+            remedy="load it once with PEFT where you trust it and save_pretrained() it",
+        ) from error
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    ):
+        raise UnsafeFileError(f"{file} does not hold named tensors")
+    return {name: tensor.detach().contiguous() for name, tensor in content.items()}

@@ -1,7 +1,8 @@
 """The arithmetic of low-rank adapters: tensors in, tensors out.
 
 W' = W + s B A with s = alpha / r (LoRA, Hu et al. 2021, section 4.1) or alpha / sqrt(r) (rsLoRA,
-Kalajdzievski 2023, section 3).
+Kalajdzievski 2023, section 3). DoRA (Liu et al. 2024, section 4.1) then gives every output's weights the
+learned magnitude m: W'' = m W' / |W'|.
 """
 
 from __future__ import annotations
@@ -16,10 +17,15 @@ def lora_scale(alpha: float, rank: int, *, rank_stabilized: bool) -> float:
     return alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
 
-def merge_lora(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float) -> torch.Tensor:
-    """`weight` [out, in] plus scale * `b` [out, r] @ `a` [r, in], in weight's dtype.
+def product_square(left: torch.Tensor, right: torch.Tensor) -> float:
+    """The squared Frobenius norm of `left` [n, r] @ `right` [r, m], without the product.
 
-    All arithmetic is in fp32, and the sum is rounded once. The inputs are not changed.
+    |L R|^2 = trace(L^T L R R^T), two [r, r] matrices.
     """
-    merged = torch.addmm(weight.float(), b.float(), a.float(), alpha=scale)
-    return merged.to(weight.dtype)
+    return float(((left.T @ left).double() * (right @ right.T).double()).sum())
+
+
+def with_magnitude(weight: torch.Tensor, magnitude: torch.Tensor, *, outputs: int) -> torch.Tensor:
+    """`weight` with the vectors along its side `outputs` (0 or 1) scaled to the lengths `magnitude`."""
+    factor: torch.Tensor = magnitude / torch.linalg.vector_norm(weight, dim=1 - outputs)
+    return weight * (factor[:, None] if outputs == 0 else factor[None, :])

@@ -111,13 +111,13 @@ def recipe_lines(scores: Evaluation) -> list[str]:
     text = scores.perplexity.recipe
     lines = [
         f"perplexity: {scores.perplexity.tokens} tokens of {text['documents']} documents, window "
-        f"{text['window']}, stride {text['stride']}, {text['dtype']}, data sha256 {text['data'][:12]}"
+        f"{text['window']}, stride {text['stride']}, {text['dtype']}, data blake3 {text['data'][:12]}"
     ]
     if scores.bleu:
         pairs = scores.bleu.recipe
         lines.append(
             f"BLEU: {pairs['pairs']} pairs, greedy, at most {pairs['max_new_tokens']} tokens, "
-            f"{scores.bleu.signature}, data sha256 {pairs['data'][:12]}"
+            f"{scores.bleu.signature}, data blake3 {pairs['data'][:12]}"
         )
     return lines
 

@@ -12,7 +12,8 @@ from qexport.calibrate.texts import read_documents, read_pairs
 from qexport.calibrate.windows import ScoredWindow, opening_token, scored_windows
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.embedded import is_embedded
-from qexport.checkpoint.manifest import Recipe, file_hash, fingerprint, installed_versions
+from qexport.checkpoint.hashing import file_hash
+from qexport.checkpoint.manifest import Recipe, fingerprint, installed_versions
 from qexport.errors import CalibrationError, GateError
 from qexport.events import Noted, OnEvent, ignore
 from qexport.formats.opening import open_checkpoint

@@ -1,0 +1,118 @@
+"""The files that a checkpoint's weights are written to, piece by piece, each hashed on its way.
+
+A file's bytes are handed to the disk while the next ones are made, so that the last flush is short.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from qexport.checkpoint.hashing import PassingHash
+from qexport.checkpoint.safetensors_file import MAX_TRANSFER, header_bytes
+from qexport.checkpoint.sharding import Shard
+from qexport.checkpoint.torch_file import TorchFile
+
+_FLUSH_EVERY = 1 << 28
+
+
+class WeightsFile(Protocol):
+    """One file of weights that is being written."""
+
+    path: Path
+
+    def write(self, name: str, begin: int, piece: memoryview) -> None:
+        """`piece` stands at byte `begin` of the tensor `name`."""
+
+    def close(self) -> None:
+        """All has been written."""
+
+
+class SafetensorsFile:
+    """A safetensors file: every tensor's place is known from the start, so pieces may come in any order."""
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        self.path = path
+        header = header_bytes(shard.tensors)
+        path.write_bytes(header)
+        self._hash = PassingHash(path)
+        self._hash.add(0, header)
+        self._places: dict[str, int] = {}
+        offset = len(header)
+        for tensor in shard.tensors:
+            self._places[tensor.name] = offset
+            offset += tensor.size
+
+    def write(self, name: str, begin: int, piece: memoryview) -> None:
+        """See `WeightsFile`. Opened each time: shards may be more than a process may have open files."""
+        offset = self._places[name] + begin
+        self._hash.add(offset, piece)
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            done = 0
+            while done < len(piece):
+                done += os.pwrite(descriptor, piece[done : done + MAX_TRANSFER], offset + done)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """See `WeightsFile`."""
+        self._hash.remember()
+
+
+class PytorchFile:
+    """PyTorch's own zip file: tensors come in the planned order, front to back."""
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        self.path = path
+        self._file = TorchFile(path, shard.tensors)
+
+    def write(self, name: str, begin: int, piece: memoryview) -> None:
+        """See `WeightsFile`."""
+        self._file.write(piece)
+
+    def close(self) -> None:
+        """See `WeightsFile`."""
+        self._file.close()
+
+
+def create(path: Path, shard: Shard) -> WeightsFile:
+    """The file of a shard, in the form that its name tells. Raises OSError."""
+    return (PytorchFile if path.suffix == ".bin" else SafetensorsFile)(path, shard)
+
+
+class Flusher:
+    """Hands files to the disk in the background; `finish` waits and raises what went wrong."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._written: dict[Path, int] = {}
+        self._pending: list[Future[None]] = []
+
+    def wrote(self, path: Path, size: int) -> None:
+        """`size` more bytes of a file were written."""
+        self._written[path] = self._written.get(path, 0) + size
+        if self._written[path] >= _FLUSH_EVERY:
+            self._written[path] = 0
+            self._pending.append(self._pool.submit(_flush, path))
+
+    def finish(self) -> None:
+        """Every file that was written is on the disk. Raises OSError."""
+        for path in self._written:
+            self._pending.append(self._pool.submit(_flush, path))
+        for future in self._pending:
+            future.result()
+
+    def close(self) -> None:
+        """No more; what has not begun is not done."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

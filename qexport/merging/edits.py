@@ -1,0 +1,311 @@
+"""What an adapter does to one tensor: planned from names and shapes, loaded when the tensor comes by.
+
+A change takes rows of the tensor in fp32, along its first side, and gives them back changed. Most
+need nothing but those rows, so that a matrix goes through in pieces; a few need all of it (`whole`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from qexport.merging.adapter import AdapterTensor
+from qexport.merging.lora import product_square, with_magnitude
+
+
+class Change(Protocol):
+    """A loaded edit."""
+
+    @property
+    def delta_square(self) -> float | None:
+        """The squared norm of what it adds, where that is known beforehand."""
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        """`rows` fp32, the first of them row `begin` of the tensor; may be changed in place."""
+
+
+class Edit(Protocol):
+    """A planned change of one tensor."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it needs the whole tensor at once."""
+
+    def load(self, device: torch.device) -> Change:
+        """Reads what it needs."""
+
+
+@functools.lru_cache(maxsize=8)
+def _read_shared(tensor: AdapterTensor) -> torch.Tensor:
+    """A matrix that several tensors in a row need a part of: the experts of one layer."""
+    return tensor.read().float()
+
+
+@dataclass(frozen=True)
+class AddLowRank:
+    """W + scale * left @ right; `left` [n, r] is cut along with W's rows."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+
+    @property
+    def delta_square(self) -> float:
+        """See `Change`."""
+        return self.scale**2 * product_square(self.left, self.right)
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        """See `Change`."""
+        return rows.addmm_(self.left[begin : begin + len(rows)], self.right, alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class LoraEdit:
+    """B A on a matrix [out, in], or its transpose on one that is stored [in, out]."""
+
+    a: AdapterTensor
+    b: AdapterTensor
+    scale: float
+    transposed: bool = False
+    whole = False
+
+    def load(self, device: torch.device) -> AddLowRank:
+        """See `Edit`."""
+        a, b = self.a.read().float().to(device), self.b.read().float().to(device)
+        left, right = (a.T, b.T) if self.transposed else (b, a)
+        return AddLowRank(left.contiguous(), right.contiguous(), self.scale)
+
+
+@dataclass(frozen=True)
+class _ScaleOutputs:
+    add: AddLowRank
+    magnitude: torch.Tensor
+    outputs: int
+    delta_square = None
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        summed = self.add.apply(rows, begin)
+        if self.outputs == 1:
+            return with_magnitude(summed, self.magnitude, outputs=1)
+        return with_magnitude(summed, self.magnitude[begin : begin + len(rows)], outputs=0)
+
+
+@dataclass(frozen=True)
+class DoraEdit:
+    """LoRA, and every output's vector given its learned length.
+
+    The outputs are the rows of [out, in] and the columns of what is stored the other way round.
+    """
+
+    lora: LoraEdit
+    magnitude: AdapterTensor
+
+    @property
+    def whole(self) -> bool:
+        """A column's length is known when all rows are there."""
+        return self.lora.transposed
+
+    def load(self, device: torch.device) -> _ScaleOutputs:
+        """See `Edit`."""
+        magnitude = self.magnitude.read().float().reshape(-1).to(device)
+        return _ScaleOutputs(self.lora.load(device), magnitude, 1 if self.lora.transposed else 0)
+
+
+@dataclass(frozen=True)
+class _AddEachExpert:
+    left: torch.Tensor  # [experts, n, r]
+    right: torch.Tensor  # [experts, r, m]
+    scale: float
+    delta_square = None
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        end = begin + len(rows)
+        return rows.baddbmm_(self.left[begin:end], self.right[begin:end], alpha=self.scale)
+
+
+@dataclass(frozen=True)
+class FusedExpertsEdit:
+    """LoRA on a parameter [experts, out, in], or [experts, in, out] when `transposed`.
+
+    A is [experts * r, in]. B is [out, r * experts], the experts changing fastest (PEFT's ParamWrapper).
+    """
+
+    a: AdapterTensor
+    b: AdapterTensor
+    scale: float
+    experts: int
+    transposed: bool = False
+    whole = False
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """left [experts, n, r] and right [experts, r, m] of the stored orientation, fp32."""
+        a, b = _read_shared(self.a), _read_shared(self.b)
+        right = a.reshape(self.experts, -1, a.shape[1])
+        left = b.reshape(b.shape[0], -1, self.experts).permute(2, 0, 1)
+        return (right.transpose(1, 2), left.transpose(1, 2)) if self.transposed else (left, right)
+
+    def load(self, device: torch.device) -> _AddEachExpert:
+        """See `Edit`."""
+        left, right = self.factors()
+        return _AddEachExpert(left.contiguous().to(device), right.contiguous().to(device), self.scale)
+
+
+@dataclass(frozen=True)
+class ExpertEdit:
+    """The rows `begin` to `end` of one expert of a fused parameter, as a tensor of its own."""
+
+    fused: FusedExpertsEdit
+    expert: int
+    begin: int
+    end: int
+    whole = False
+
+    def load(self, device: torch.device) -> AddLowRank:
+        """See `Edit`."""
+        left, right = self.fused.factors()
+        return AddLowRank(
+            left[self.expert, self.begin : self.end].contiguous().to(device),
+            right[self.expert].contiguous().to(device),
+            self.fused.scale,
+        )
+
+
+@dataclass(frozen=True)
+class _AddVector:
+    vector: torch.Tensor
+    delta_square = None
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        return rows.add_(self.vector[begin : begin + len(rows)])
+
+
+@dataclass(frozen=True)
+class BiasEdit:
+    """LoRA's own bias (`lora_bias`): b + scale * the bias of B."""
+
+    vector: AdapterTensor
+    scale: float
+    whole = False
+
+    def load(self, device: torch.device) -> _AddVector:
+        """See `Edit`."""
+        return _AddVector(self.vector.read().float().to(device) * self.scale)
+
+
+@dataclass(frozen=True)
+class _Replace:
+    tensor: AdapterTensor
+    device: torch.device
+    delta_square = None
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        given = self.tensor.rows(begin, begin + len(rows)) if self.tensor.shape else self.tensor.read()
+        return given.to(self.device, torch.float32).reshape(rows.shape)
+
+
+@dataclass(frozen=True)
+class ReplaceEdit:
+    """A tensor that was trained as a whole: modules_to_save, biases, resized embeddings."""
+
+    tensor: AdapterTensor
+    whole = False
+
+    def load(self, device: torch.device) -> _Replace:
+        """See `Edit`."""
+        return _Replace(self.tensor, device)
+
+
+@dataclass(frozen=True)
+class _ReplaceRows:
+    places: Mapping[int, int]
+    values: torch.Tensor
+    delta_square = None
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        for row, place in self.places.items():
+            if begin <= row < begin + len(rows):
+                rows[row - begin] = self.values[place]
+        return rows
+
+
+@dataclass(frozen=True)
+class TokensEdit:
+    """The rows of an embedding that were trained (trainable_token_indices)."""
+
+    indices: tuple[int, ...]
+    values: AdapterTensor
+    whole = False
+
+    def load(self, device: torch.device) -> _ReplaceRows:
+        """See `Edit`."""
+        places = {index: place for place, index in enumerate(self.indices)}
+        return _ReplaceRows(places, self.values.read().float().to(device))
+
+
+@dataclass(frozen=True)
+class _Share:
+    inner: Change
+    weight: float
+    delta_square = None
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        before = rows.clone()
+        return torch.lerp(before, self.inner.apply(rows, begin), self.weight)
+
+
+@dataclass(frozen=True)
+class WeightedEdit:
+    """W + weight * (W' - W), for an edit that makes W' of W and is no plain sum."""
+
+    inner: Edit
+    weight: float
+
+    @property
+    def whole(self) -> bool:
+        """See `Edit`."""
+        return self.inner.whole
+
+    def load(self, device: torch.device) -> _Share:
+        """See `Edit`."""
+        return _Share(self.inner.load(device), self.weight)
+
+
+@dataclass(frozen=True)
+class _Blend:
+    parts: tuple[tuple[_Replace, float], ...]
+    delta_square = None
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        before = rows.clone()
+        for replacement, weight in self.parts:
+            rows = rows.add_(replacement.apply(before, begin) - before, alpha=weight)
+        return rows
+
+
+@dataclass(frozen=True)
+class BlendEdit:
+    """W + sum of weight * (T - W) over several tensors T that were each trained in W's place."""
+
+    shares: tuple[WeightedEdit, ...]
+    whole = False
+
+    def load(self, device: torch.device) -> _Blend:
+        """See `Edit`."""
+        parts = []
+        for share in self.shares:
+            assert isinstance(share.inner, ReplaceEdit)  # noqa: S101 - of such it is made
+            parts.append((share.inner.load(device), share.weight))
+        return _Blend(tuple(parts))
+
+
+def in_one(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """Several products to add become one, of all their columns: one pass over the tensor, one norm."""
+    if len(changes) < 2 or not all(isinstance(change, AddLowRank) for change in changes):
+        return tuple(changes)
+    products = [change for change in changes if isinstance(change, AddLowRank)]
+    left = torch.cat([product.left * product.scale for product in products], dim=1)
+    return (AddLowRank(left, torch.cat([product.right for product in products]), 1.0),)

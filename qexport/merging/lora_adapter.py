@@ -1,0 +1,202 @@
+"""A LoRA or DoRA adapter, key by key, as edits of the checkpoint's tensors."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+
+from qexport.errors import AdapterError
+from qexport.merging.adapter import AdapterTensor
+from qexport.merging.book import EditBook
+from qexport.merging.edits import (
+    BiasEdit,
+    DoraEdit,
+    ExpertEdit,
+    FusedExpertsEdit,
+    LoraEdit,
+)
+from qexport.merging.settings import LoraSettings, lora_settings
+from qexport.merging.trained import add_trained
+
+# PEFT leaves the adapter's name out of what it saves; some trainers leave it in
+_KEY = re.compile(
+    r"(?P<module>.+?)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
+)
+# model types whose linear layers are stored [in, out] (transformers' Conv1D)
+_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+# and those whose experts are stored [experts, in, out] (`is_transposed`)
+_EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria_text"})
+
+
+@dataclass
+class _Parts:
+    """What an adapter holds for one module."""
+
+    a: AdapterTensor | None = None
+    b: AdapterTensor | None = None
+    bias: AdapterTensor | None = None
+    magnitude: AdapterTensor | None = None
+    embedding: bool = False
+    names: list[str] = field(default_factory=list)
+
+
+def add_lora(book: EditBook) -> None:
+    """Enters every edit of a LoRA adapter into its book.
+
+    Raises AdapterError: half a pair, ranks that differ, a config that fits no pair.
+    """
+    adapter = book.adapter
+    settings = lora_settings(adapter)
+    modules: dict[str, _Parts] = defaultdict(_Parts)
+    for name, tensor in adapter.tensors.items():
+        match = _KEY.fullmatch(name)
+        if match is None:
+            add_trained(book, name, tensor)
+        elif not tensor.dtype.is_floating_point:
+            raise AdapterError(f"{adapter.path}: {name} holds {tensor.dtype}", expected="floats")
+        else:
+            _collect(modules[match["module"]], match["part"], match["leaf"], tensor)
+    _drop_tied_head(book, modules)
+    for module, parts in modules.items():
+        _add_module(book, settings, module, parts)
+
+
+def _drop_tied_head(book: EditBook, modules: dict[str, _Parts]) -> None:
+    """With `ensure_weight_tying` PEFT saves the one pair under both names, transposed for the head."""
+    sides = [module for module in modules if book.keeps_tie(module)]
+    embedding = next((module for module in sides if modules[module].embedding), None)
+    for module in sides:
+        if embedding is None or module == embedding:
+            continue
+        head, pair = modules.pop(module), modules[embedding]
+        if (
+            None in (head.a, head.b, pair.a, pair.b)
+            or not torch.equal(_read(head.a), _read(pair.b).T)
+            or not torch.equal(_read(head.b), _read(pair.a).T)
+        ):
+            raise AdapterError(
+                f"conflicting tied edits: {book.adapter.path} was trained to keep {embedding} and {module} "
+                "tied, and its pairs for them differ",
+                expected="one pair, transposed for the head",
+            )
+
+
+def _read(tensor: AdapterTensor | None) -> torch.Tensor:
+    assert tensor is not None  # noqa: S101 - the caller looked
+    return tensor.read().float()
+
+
+def _collect(parts: _Parts, part: str, leaf: str | None, tensor: AdapterTensor) -> None:
+    parts.names.append(tensor.name)
+    parts.embedding |= part.startswith("embedding")
+    if leaf == "bias":
+        parts.bias = tensor
+    elif part == "magnitude_vector":
+        parts.magnitude = tensor
+    elif part.endswith("A"):
+        parts.a = tensor
+    else:
+        parts.b = tensor
+
+
+def _add_module(book: EditBook, settings: LoraSettings, module: str, parts: _Parts) -> None:
+    adapter, a, b = book.adapter, parts.a, parts.b
+    if a is None or b is None:
+        side = "lora_A" if b is None else "lora_B"
+        raise AdapterError(
+            f"{adapter.path} has only {side} of {module}"
+            if (a or b)
+            else f"{adapter.path} has neither lora_A nor lora_B of {module}, only {parts.names[0]}",
+            expected="both matrices of every pair",
+        )
+    if len(a.shape) != 2 or len(b.shape) != 2:
+        raise AdapterError(
+            f"{adapter.path}: {module} has {list(a.shape)} and {list(b.shape)}",
+            expected="matrices of two sides",
+            remedy="an adapter saved from a partitioned run (ZeRO-3, FSDP) must be gathered first",
+        )
+    if a.shape[0] != b.shape[1]:
+        raise AdapterError(
+            f"{adapter.path}: the ranks of {module} differ: lora_A has {a.shape[0]}, lora_B {b.shape[1]}"
+        )
+    name = book.names.find(module)
+    if name is None and adapter.config.get("target_parameters"):
+        _add_parameter(book, settings, module, a, b)
+        return
+    if name is None:
+        book.stranger(module)
+        return
+    if a.shape[0] != settings.rank_of(module):
+        raise AdapterError(
+            f"{adapter.path}: lora_A of {module} has rank {a.shape[0]}, its config says "
+            f"{settings.rank_of(module)}"
+        )
+    transposed = parts.embedding or settings.transposed or _is_conv1d(book, name)
+    wanted = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
+    if not book.fits(name, wanted):
+        return
+    edit = LoraEdit(a, b, settings.scale_of(module), transposed)
+    both = book.keeps_tie(module)
+    if settings.dora:
+        if parts.magnitude is None:
+            raise AdapterError(f"{adapter.path} is a DoRA without lora_magnitude_vector of {module}")
+        book.add(name, DoraEdit(edit, parts.magnitude), both=both)
+    else:
+        book.add(name, edit, both=both)
+    if parts.bias is not None:
+        bias = book.names.find(module, "bias")
+        if bias is None:
+            raise AdapterError(
+                f"{adapter.path} adds a bias to {module}, which has none in the base",
+                expected="lora_bias on layers that have one",
+            )
+        book.add(bias, BiasEdit(parts.bias, edit.scale))
+
+
+def _is_conv1d(book: EditBook, name: str) -> bool:
+    # GPT-2's head and embeddings are ordinary; its blocks are not
+    return book.model_type in _CONV1D and not book.names.is_vocabulary(name)
+
+
+def _add_parameter(
+    book: EditBook, settings: LoraSettings, module: str, a: AdapterTensor, b: AdapterTensor
+) -> None:
+    """A pair on a parameter that is no layer's weight: PEFT nests one wrapper a parameter of a module.
+
+    The key tells the module and the depth only; which parameter it is, the shapes tell.
+    """
+    owner = module.replace(".base_layer", "")
+    leaves = {str(target).rpartition(".")[2] for target in book.adapter.config["target_parameters"]}
+    for leaf in sorted(leaves):
+        rank = settings.rank_of(f"{owner}.{leaf}")
+        scale = settings.scale_of(f"{owner}.{leaf}")
+        experts, rest = divmod(a.shape[0], rank)
+        if rest:
+            continue
+        name = book.names.find(owner, leaf) or book.names.find(f"{owner}", leaf + ".weight")
+        if name is not None:
+            shape = book.names.shape(name)
+            if shape == (b.shape[0], a.shape[1]) and experts == 1:
+                book.add(name, LoraEdit(a, b, scale))
+                return
+            transposed = book.model_type in _EXPERTS_IN_OUT
+            sides = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
+            if shape == (experts, *sides):
+                book.add(name, FusedExpertsEdit(a, b, scale, experts, transposed))
+                return
+        places = book.names.experts(owner, leaf)
+        fused = FusedExpertsEdit(a, b, scale, experts)
+        if (
+            places
+            and places[-1].expert + 1 == experts
+            and places[-1].end == b.shape[0]
+            and all(book.names.shape(place.name)[1] == a.shape[1] for place in places)
+        ):
+            for place in places:
+                book.add(place.name, ExpertEdit(fused, place.expert, place.begin, place.end))
+            return
+    book.stranger(module)

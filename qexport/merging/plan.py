@@ -1,0 +1,137 @@
+"""A merge, planned from names and shapes: every tensor of the output, before a weight is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.checkpoint.hashing import PassingHash
+from qexport.checkpoint.manifest import fingerprint, read_manifest
+from qexport.errors import AdapterError
+from qexport.events import Noted, OnEvent, ignore
+from qexport.merging.adapter import Adapter, open_adapter, require_finite_adapter
+from qexport.merging.base import ChosenBase, choose_base
+from qexport.merging.book import EditBook
+from qexport.merging.layout import Layout
+from qexport.merging.lora_adapter import add_lora
+from qexport.merging.names import Names
+from qexport.merging.peft_adapter import add_by_peft
+from qexport.merging.replication import replicated
+from qexport.merging.rope import with_rope_scaling
+from qexport.merging.settings import is_plain_lora
+from qexport.merging.stream import PlannedTensor
+from qexport.merging.together import all_edits, require_combinable
+from qexport.merging.vocabulary import chosen_sidecars, rows_needed
+from qexport.specs import MergeSpec
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """What a merge will write."""
+
+    base: ChosenBase
+    adapters: tuple[Adapter, ...]
+    tensors: tuple[PlannedTensor, ...]
+    config: Mapping[str, Any]
+    sidecars: Mapping[Path, Path]
+    passing: tuple[PassingHash, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors of the output."""
+        return sum(planned.info.size for planned in self.tensors)
+
+    @property
+    def touched(self) -> list[PlannedTensor]:
+        """The tensors that an adapter changes."""
+        return [planned for planned in self.tensors if planned.edits]
+
+
+def plan_merge(
+    base: str | Path,
+    adapters: Sequence[str | Path],
+    spec: MergeSpec,
+    *,
+    trust_remote_code: bool = False,
+    on_event: OnEvent = ignore,
+) -> MergePlan:
+    """Opens base and adapters, sees whether they fit, and plans the output.
+
+    The adapters' tensors are read, a piece at a time: NaN in them is told now. Raises the InputError
+    that `merge` would.
+    """
+    if not adapters:
+        raise AdapterError("no adapter was given", remedy="name one with -a")
+    opened = tuple(open_adapter(adapter) for adapter in adapters)
+    require_combinable(opened, spec)
+    chosen = choose_base(str(base), opened, spec.base_precision)
+    _require_unmerged(chosen.checkpoint.path, opened)
+    checkpoint = replicated(chosen.checkpoint, opened)
+    for adapter in opened:
+        require_finite_adapter(adapter)
+    if chosen.given:
+        on_event(Noted(chosen.told()))
+    names = Names(checkpoint)
+    books = [_book(adapter, checkpoint, names, trust_remote_code) for adapter in opened]
+    layout = Layout(checkpoint, books, all_edits(books, spec), spec)
+    sidecars = chosen_sidecars(checkpoint.path, opened, spec.tokenizer, on_event)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    tensors = layout.tensors()
+    if layout.untied_by:
+        on_event(Noted(f"tied embeddings: {layout.untied_by}, so that the output is not tied"))
+        config = {**_with(config, "tie_word_embeddings", False), "tie_word_embeddings": False}
+    if layout.vocabulary_rows:
+        rows, why = rows_needed(layout.vocabulary_rows, books, sidecars, checkpoint.path)
+        if rows != layout.vocabulary_rows:
+            on_event(Noted(f"vocabulary: {layout.vocabulary_rows} rows become {rows}, for {why}"))
+            tensors = layout.resized(tensors, rows)
+            config = _with(config, "vocab_size", rows)
+    if spec.dtype:
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config = _with({**config, key: spec.dtype}, key, spec.dtype)
+    return MergePlan(
+        chosen, opened, tuple(tensors), with_rope_scaling(config, spec), sidecars, layout.passing
+    )
+
+
+def merged_before(base: Path) -> set[str]:
+    """Hashes of the adapters that the base, when qexport made it, was merged from."""
+    recipe = read_manifest(base).get("recipe")
+    inputs = recipe.get("inputs") if isinstance(recipe, dict) else None
+    if not isinstance(inputs, dict):
+        return set()
+    return {str(value) for name, value in inputs.items() if name.startswith("adapter")}
+
+
+def _require_unmerged(base: Path, adapters: Sequence[Adapter]) -> None:
+    marks = [fingerprint(adapter.path) for adapter in adapters]
+    held = merged_before(base)
+    for n, (adapter, mark) in enumerate(zip(adapters, marks, strict=True)):
+        if mark in held or mark in marks[:n]:
+            where = f"merged into {base} already" if mark in held else "named twice"
+            raise AdapterError(
+                f"{adapter.path} is {where}", expected="once: merging again doubles its change"
+            )
+
+
+def _book(adapter: Adapter, checkpoint: Checkpoint, names: Names, trust_remote_code: bool) -> EditBook:
+    book = EditBook(adapter, checkpoint, names)
+    if is_plain_lora(adapter):
+        add_lora(book)
+    else:
+        add_by_peft(book, checkpoint, trust_remote_code=trust_remote_code)
+    book.close()
+    return book
+
+
+def _with(config: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The config with `key` set wherever it stands: a multimodal model has a text_config below."""
+    changed = {
+        name: _with(inner, key, value) if name == "text_config" and isinstance(inner, dict) else inner
+        for name, inner in config.items()
+    }
+    nested = isinstance(config.get("text_config"), dict) and key in config["text_config"]
+    return {**changed, key: value} if key in config or not nested else changed

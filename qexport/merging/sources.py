@@ -1,0 +1,148 @@
+"""Where the values of an output tensor come from, row by row, before any adapter changes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.checkpoint.hashing import PassingHash
+from qexport.checkpoint.safetensors_file import StoredTensor, byte_view, read_rows, read_tensor
+from qexport.merging.edits import ReplaceEdit
+
+_CHUNK_ROWS = 4096
+
+
+class Source(Protocol):
+    """Rows of a tensor along its first side."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is stored in, or will be written in where it is decoded."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sides."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows can be had at the cost of all of them only."""
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows in memory of their own, dtype as told, or fp32 where it was decoded."""
+
+
+@dataclass(frozen=True)
+class StoredSource:
+    """A tensor as it lies in a file; `passing` hears of its bytes."""
+
+    tensor: StoredTensor
+    passing: PassingHash | None = None
+    whole = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Source`."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Source`."""
+        return self.tensor.shape
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """See `Source`."""
+        values = self.tensor_rows(begin, end)
+        if self.passing:
+            place = begin * (self.tensor.size // max(self.tensor.shape[0], 1)) if self.tensor.shape else 0
+            self.passing.add(self.tensor.offset + place, byte_view(values))
+        return values
+
+    def tensor_rows(self, begin: int, end: int) -> torch.Tensor:
+        """The same, unheard."""
+        return read_rows(self.tensor, begin, end) if self.tensor.shape else read_tensor(self.tensor)
+
+
+@dataclass(frozen=True)
+class DecodedSource:
+    """A quantized tensor, decoded; `dtype` is the one it will be written in."""
+
+    checkpoint: Checkpoint
+    name: str
+    dtype: torch.dtype
+    whole = True
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Source`."""
+        return self.checkpoint.info(self.name).shape
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """See `Source`."""
+        return self.checkpoint.read(self.name)[begin:end]
+
+
+@dataclass(frozen=True)
+class GivenSource:
+    """What an adapter's file says the base was."""
+
+    edit: ReplaceEdit
+    dtype: torch.dtype
+    whole = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Source`."""
+        return self.edit.tensor.shape
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """See `Source`."""
+        return self.edit.tensor.rows(begin, end)
+
+
+@dataclass(frozen=True)
+class ResizedSource:
+    """A vocabulary with fewer rows, or with new ones, each of them the mean of the old.
+
+    The mean is what transformers' resize_token_embeddings draws around (Hewitt 2021, "Initializing new
+    word embeddings"): a new token is then no likelier than the average one.
+    """
+
+    inner: Source
+    count: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See `Source`."""
+        return self.inner.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Source`."""
+        return (self.count, *self.inner.shape[1:])
+
+    @property
+    def whole(self) -> bool:
+        """See `Source`."""
+        return self.inner.whole
+
+    @cached_property
+    def _mean(self) -> torch.Tensor:
+        total = torch.zeros(self.inner.shape[1:], dtype=torch.float64)
+        rows = self.inner.shape[0]
+        for begin in range(0, rows, _CHUNK_ROWS):
+            total += self.inner.rows(begin, min(begin + _CHUNK_ROWS, rows)).double().sum(dim=0)
+        return total / rows
+
+    def rows(self, begin: int, end: int) -> torch.Tensor:
+        """See `Source`."""
+        old = min(end, self.inner.shape[0])
+        kept = self.inner.rows(begin, old) if begin < old else None
+        if kept is not None and len(kept) == end - begin:
+            return kept
+        dtype = self.dtype if kept is None else kept.dtype
+        added = self._mean.to(dtype).expand(end - max(begin, old), *self.inner.shape[1:])
+        return added.clone() if kept is None else torch.cat([kept, added])

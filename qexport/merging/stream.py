@@ -1,0 +1,232 @@
+"""Runs planned tensors through read, change and write, all three at once, a piece of rows at a time.
+
+A piece is read, brought to fp32 a tile at a time that fits in a core's cache, changed, rounded once and
+written; what no adapter touches keeps its bytes. Memory is that of a few pieces, whatever the model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from qexport.checkpoint.finiteness import is_finite
+from qexport.checkpoint.overlap import Overlap
+from qexport.checkpoint.tensors import TensorInfo
+from qexport.checkpoint.writer import CheckpointWriter
+from qexport.events import Advanced, OnEvent
+from qexport.merging.edits import Change, Edit, in_one
+from qexport.merging.sources import Source
+
+PIECE_BYTES = 1 << 21
+ROOM_BYTES = 1 << 26
+_TILE_VALUES = 1 << 18  # 1 MiB of fp32: half of a usual second-level cache
+_MAX_WORKERS = 4
+_WHOLE_WIDTH = 16  # bytes a value of a tensor that is held whole: itself, its change and its copies
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the output: where its values come from, and what changes them, in order.
+
+    `adapters` are the numbers, from 1, of those that take part.
+    """
+
+    info: TensorInfo
+    source: Source
+    edits: tuple[Edit, ...] = ()
+    adapters: tuple[int, ...] = ()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it has to be in memory as a whole."""
+        return self.source.whole or any(edit.whole for edit in self.edits)
+
+    @property
+    def rows(self) -> int:
+        """Its first side; a scalar has one row."""
+        return self.info.shape[0] if self.info.shape else 1
+
+    @property
+    def row_values(self) -> int:
+        """Values a row."""
+        return math.prod(self.info.shape[1:])
+
+
+@dataclass
+class Changed:
+    """How much a tensor changed: squared norms, and the adapters that did it."""
+
+    base_square: float = 0.0
+    delta_square: float = 0.0
+    adapters: tuple[int, ...] = ()
+
+    @property
+    def relative(self) -> float:
+        """|W' - W| / |W|."""
+        if not self.base_square:
+            return math.inf if self.delta_square else 0.0
+        return math.sqrt(self.delta_square / self.base_square)
+
+
+@dataclass
+class _Job:
+    """A tensor on its way: its edits, loaded when its first piece is read."""
+
+    planned: PlannedTensor
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    job: _Job
+    begin: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it takes on its way, roughly."""
+        planned = self.job.planned
+        values = (self.end - self.begin) * planned.row_values
+        width = planned.source.dtype.itemsize
+        return values * (_WHOLE_WIDTH if planned.whole else width)
+
+
+@dataclass
+class _Outcome:
+    values: torch.Tensor
+    base_square: float = 0.0
+    delta_square: float = 0.0
+    bad: str = ""
+
+
+@dataclass
+class MergeStream:
+    """Writes planned tensors. `changed` then tells of each that an adapter touched; `broken`, by whether
+    the base or only the merged model has them, names those with NaN or infinity."""
+
+    writer: CheckpointWriter
+    device: torch.device
+    on_event: OnEvent
+    changed: dict[str, Changed] = field(default_factory=dict)
+    broken: dict[str, list[str]] = field(default_factory=dict)
+
+    def run(self, tensors: Sequence[PlannedTensor]) -> None:
+        """Takes all of them through."""
+        workers = max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) - 1))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the pieces are what runs in parallel
+        try:
+            Overlap(
+                self._read,
+                self._change,
+                self._write,
+                size=lambda piece: piece.bytes,
+                room=ROOM_BYTES,
+                workers=workers,
+            ).run(_pieces(tensors))
+        finally:
+            torch.set_num_threads(threads)
+
+    def _read(self, piece: _Piece) -> torch.Tensor:
+        job = piece.job
+        if piece.begin == 0 and job.planned.edits:
+            job.changes = in_one([edit.load(self.device) for edit in job.planned.edits])
+        return job.planned.source.rows(piece.begin, piece.end)
+
+    def _change(self, piece: _Piece, raw: torch.Tensor) -> _Outcome:
+        planned, dtype = piece.job.planned, piece.job.planned.info.dtype
+        if not planned.edits:
+            outcome = _Outcome(raw.to(dtype))
+            if not is_finite(raw):
+                outcome.bad = "base"
+            elif raw.dtype != dtype and not is_finite(outcome.values):
+                outcome.bad = "merged"
+            return outcome
+        return _changed(piece, raw, self.device)
+
+    def _write(self, piece: _Piece, outcome: _Outcome) -> None:
+        planned = piece.job.planned
+        name = planned.info.name
+        if outcome.bad:
+            names = self.broken.setdefault(outcome.bad, [])
+            names.extend([] if name in names else [name])
+        self.writer.write_piece(
+            name, piece.begin * planned.row_values * planned.info.dtype.itemsize, outcome.values
+        )
+        if planned.edits:
+            told = self.changed.setdefault(name, Changed(adapters=planned.adapters))
+            told.base_square += outcome.base_square
+            told.delta_square += outcome.delta_square
+        self.on_event(Advanced(outcome.values.nbytes, name))
+        if piece.end == planned.rows:
+            piece.job.changes = ()
+
+
+def _pieces(tensors: Sequence[PlannedTensor]) -> Iterator[_Piece]:
+    for planned in tensors:
+        job = _Job(planned)
+        width = planned.row_values * planned.source.dtype.itemsize
+        step = planned.rows if planned.whole else max(PIECE_BYTES // max(width, 1), 1)
+        for begin in range(0, planned.rows, max(step, 1)):
+            yield _Piece(job, begin, min(begin + step, planned.rows))
+
+
+def stream_bytes(tensors: Sequence[PlannedTensor]) -> int:
+    """Memory that the stream takes at most, roughly: the pieces under way, or a whole tensor alone."""
+    whole = max((t.rows * t.row_values * _WHOLE_WIDTH for t in tensors if t.whole), default=0)
+    return ROOM_BYTES * 2 + whole
+
+
+_scratch = threading.local()
+
+
+def _tile(size: int, device: torch.device) -> torch.Tensor:
+    """fp32 memory of this thread, used again and again."""
+    held: dict[torch.device, torch.Tensor] = _scratch.__dict__.setdefault("tiles", {})
+    if device not in held or len(held[device]) < size:
+        held[device] = torch.empty(max(size, _TILE_VALUES), device=device)
+    return held[device][:size]
+
+
+def _changed(piece: _Piece, raw: torch.Tensor, device: torch.device) -> _Outcome:
+    """The changed rows in the output's dtype, and how much they changed."""
+    planned, changes = piece.job.planned, piece.job.changes
+    outcome = _Outcome(torch.empty(raw.shape, dtype=planned.info.dtype))
+    flat, known = planned.row_values, _known_delta(changes)
+    rows, written = raw.reshape(-1, *raw.shape[1:]), outcome.values.reshape(-1, *raw.shape[1:])
+    step = len(rows) if planned.whole else max(_TILE_VALUES // max(flat, 1), 1)
+    for begin in range(0, len(rows), max(step, 1)):
+        part = rows[begin : begin + step]
+        tile = (
+            part.to(device, torch.float32, copy=True)
+            if planned.whole
+            else _tile(part.numel(), device).view(part.shape).copy_(part)
+        )
+        outcome.base_square += _square(tile)
+        before = None if known is not None else tile.clone()
+        for change in changes:
+            tile = change.apply(tile, piece.begin + begin)
+        if before is not None:
+            outcome.delta_square += _square(before.sub_(tile))
+        written[begin : begin + step].copy_(tile)
+    if known is not None and piece.begin == 0:
+        outcome.delta_square = known
+    if not math.isfinite(outcome.base_square) and not is_finite(raw):
+        outcome.bad = "base"
+    elif planned.info.dtype == torch.float16 or not math.isfinite(outcome.delta_square):
+        outcome.bad = "" if is_finite(outcome.values) else "merged"
+    return outcome
+
+
+def _known_delta(changes: Sequence[Change]) -> float | None:
+    return changes[0].delta_square if len(changes) == 1 else None
+
+
+def _square(values: torch.Tensor) -> float:
+    flat = values.reshape(-1)
+    return float(torch.dot(flat, flat))

@@ -1,0 +1,86 @@
+"""The tensors of an adapter that are no low-rank factors: those that were trained, or resized, whole."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from qexport.errors import AdapterError
+from qexport.merging.adapter import AdapterTensor
+from qexport.merging.book import EditBook
+from qexport.merging.edits import ReplaceEdit, TokensEdit
+
+_TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
+_COPY = re.compile(r"(?P<module>.+)\.base_layer\.(?P<leaf>weight|bias)")
+_SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?)?\.(?P<leaf>[^.]+)")
+# what some trainers save beside the trained values: what was there before
+_ORIGINAL = re.compile(r".+\.original_module\..+|.+\.trainable_tokens_original(\..+)?")
+
+
+def add_trained(book: EditBook, name: str, tensor: AdapterTensor) -> None:
+    """Enters `modules_to_save`, a bias, token rows or a resized embedding; else a stranger."""
+    if _ORIGINAL.fullmatch(name):
+        return
+    if match := _TOKENS.fullmatch(name):
+        _add_tokens(book, match["module"], tensor)
+    elif match := _COPY.fullmatch(name):
+        # PEFT saves the base's own matrix along when an embedding or the output head is adapted: it
+        # matters when the vocabulary was resized. In a tied model both names mean the same matrix.
+        _replace(book, match["module"], match["leaf"], tensor, own=False)
+    elif match := _SAVED.fullmatch(name):
+        config = book.adapter.config
+        saved = [str(module) for module in config.get("modules_to_save") or ()]
+        own = any(match["module"].endswith(module) for module in saved)
+        _replace(book, match["module"], match["leaf"], tensor, own=own)
+    else:
+        book.stranger(name)
+
+
+def _replace(book: EditBook, module: str, leaf: str, tensor: AdapterTensor, *, own: bool) -> None:
+    """A module's `own` trained tensor; else, of a vocabulary, the base's own as it was when it was saved."""
+    name = book.names.find(module, leaf)
+    if name is None:
+        book.stranger(f"{module}.{leaf}")
+    elif not tensor.dtype.is_floating_point:
+        raise AdapterError(f"{book.adapter.path}: {tensor.name} holds {tensor.dtype}", expected="floats")
+    elif book.fits(name, tensor.shape):
+        edit = ReplaceEdit(tensor)
+        if book.names.is_vocabulary(name) and not own:
+            book.add_copy(name, edit)
+        else:
+            book.add(name, edit, both=book.keeps_tie(module))
+
+
+def _add_tokens(book: EditBook, module: str, tensor: AdapterTensor) -> None:
+    name = book.names.find(module)
+    if name is None:
+        book.stranger(module)
+        return
+    by_module = _token_indices(book)
+    indices = next((found for target, found in by_module.items() if module.endswith(target)), ())
+    expected = (len(indices), *book.names.shape(name)[1:])
+    if tensor.shape != expected or not indices:
+        raise AdapterError(
+            f"{book.adapter.path}: the trained rows of {module} are {list(tensor.shape)}",
+            expected=f"{list(expected)}, a row for each index in its config",
+        )
+    # PEFT ties the head's rows to the embedding's in a tied model, unless each has indices of its own
+    edit = TokensEdit(indices, tensor)
+    book.add(name, edit, both=len(set(by_module.values())) == 1)
+    book.least_rows = max(book.least_rows, max(indices) + 1)
+
+
+def _token_indices(book: EditBook) -> dict[str, tuple[int, ...]]:
+    """End of a module's name -> the indices that were trained there."""
+    config = book.adapter.config
+    found: Any = config.get("trainable_token_indices") or config.get("token_indices")
+    by_module = found if isinstance(found, dict) else {"": found}
+    for indices in by_module.values():
+        if not isinstance(indices, list) or not all(
+            isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in indices
+        ):
+            raise AdapterError(
+                f"{book.adapter.path} names no token indices that could be: {str(indices)[:80]}",
+                expected="a list of whole numbers",
+            )
+    return {str(module): tuple(indices) for module, indices in by_module.items()}

@@ -1,0 +1,109 @@
+"""Every kind of adapter on every architecture that takes it: merged is as the adapter on (PEFT, fp32)."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+import qexport
+from qexport.errors import AdapterError
+from qexport.specs import MergeSpec
+from tests.adapters import BASES, FLAWED, KINDS, UNMERGEABLE, make_adapter
+from tests.tiny import in_transformers, logits, tokens
+
+# one of every mechanism for the fast loop; all of them with the slow tests
+FAST = {
+    "lora",
+    "dora",
+    "patterns",
+    "bias_all",
+    "embedding_and_head",
+    "dora_embedding",
+    "saved_embedding_and_head",
+    "token_indices",
+    "tied_targets",
+    "layer_replication",
+    "experts",
+    "olora",
+    "ia3",
+    "loha",
+    "vera",
+    "tinylora",
+    "trainable_tokens",
+}
+FULL_PRECISION = MergeSpec(dtype="float32")
+
+
+@cache
+def base_of(architecture: str, root: Path) -> Path:
+    """The tiny base, made once a process."""
+    return BASES[architecture](root / architecture)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bases")
+
+
+def with_adapter_on(base: Path, adapter: Path) -> torch.Tensor:
+    """Logits in fp32 with the adapter still on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, about projections that are drawn again
+        loaded: Any = PeftModel.from_pretrained(in_transformers(base, dtype=torch.float32), str(adapter))
+        return logits(loaded.eval(), tokens())
+
+
+def _cases() -> list[Any]:
+    return [
+        pytest.param(
+            architecture, kind, id=f"{kind}-{architecture}", marks=() if kind in FAST else pytest.mark.slow
+        )
+        for kind, made in KINDS.items()
+        for architecture in made.architectures
+    ]
+
+
+@pytest.mark.parametrize(("architecture", "kind"), _cases())
+def test_merged_is_adapter_on(architecture: str, kind: str, bases: Path, tmp_path: Path) -> None:
+    needed = KINDS[kind].requires
+    if needed:
+        pytest.importorskip(needed)
+    base = base_of(architecture, bases)
+    adapter = make_adapter(kind, base, tmp_path / "adapter")
+    out = tmp_path / "out"
+    if kind == "frod_no_projection":
+        with pytest.raises(AdapterError, match="FRoD adapter without its projections"):
+            qexport.merge(base, [adapter], out, FULL_PRECISION)
+        return
+    expected = with_adapter_on(base, adapter)
+    assert (expected - logits(in_transformers(base, dtype=torch.float32), tokens())).abs().max() > 0.05
+    qexport.merge(base, [adapter], out, FULL_PRECISION)
+    found = logits(in_transformers(out, dtype=torch.float32), tokens())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [kind for kind in FLAWED if kind != "patterns_overlap"])
+def test_what_peft_itself_cannot_load_back_is_refused(kind: str, bases: Path, tmp_path: Path) -> None:
+    if FLAWED[kind].requires:
+        pytest.importorskip(FLAWED[kind].requires)
+    base = base_of("llama", bases)
+    adapter = make_adapter(kind, base, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"which changed the base by .*save it converted"):
+        qexport.merge(base, [adapter], tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", UNMERGEABLE)
+def test_what_no_weight_can_hold_is_refused_and_says_why(kind: str, bases: Path, tmp_path: Path) -> None:
+    base = base_of("llama", bases)
+    adapter = make_adapter(kind, base, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"cannot be merged: |which has none in the base"):
+        qexport.merge(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
