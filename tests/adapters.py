@@ -316,6 +316,8 @@ _OTHER_KINDS: dict[str, Kind] = {
     "boft_blocks": _tuner("BOFT", boft_block_size=0, boft_block_num=8, bias="boft_only"),
     "vera": _tuner("VERA", conv1d=True, r=8),
     "vera_no_projection": _tuner("VERA", conv1d=True, r=8, save_projection=False),
+    "vera_bias": _tuner("VERA", conv1d=True, r=8, bias="vera_only"),
+    "unilora_bias": _tuner("UNILORA", conv1d=True, r=4, theta_d_length=64, bias="unilora_only"),
     "pvera": _tuner("PVERA", conv1d=True, r=8),
     "hra": _tuner("HRA", r=4),
     "hra_gs": _tuner("HRA", r=4, apply_GS=True),

@@ -30,11 +30,37 @@ class WeightsFile(Protocol):
         """All has been written."""
 
 
+class LastOpened:
+    """The file that was written to last, kept open.
+
+    One at a time: shards may be more than a process may have open files. Not opened anew for each piece:
+    ext4 gives up the space that it set aside for a file when its last writer closes it.
+    """
+
+    def __init__(self) -> None:
+        self._path: Path | None = None
+        self._descriptor = -1
+
+    def descriptor(self, path: Path) -> int:
+        """The open file at `path`, for writing."""
+        if path != self._path:
+            self.close()
+            self._descriptor = os.open(path, os.O_WRONLY)
+            self._path = path
+        return self._descriptor
+
+    def close(self) -> None:
+        """Nothing is open any more."""
+        if self._path is not None:
+            os.close(self._descriptor)
+            self._path = None
+
+
 class SafetensorsFile:
     """A safetensors file: every tensor's place is known from the start, so pieces may come in any order."""
 
-    def __init__(self, path: Path, shard: Shard) -> None:
-        self.path = path
+    def __init__(self, path: Path, shard: Shard, opened: LastOpened) -> None:
+        self.path, self._opened = path, opened
         header = header_bytes(shard.tensors)
         path.write_bytes(header)
         self._hash = PassingHash(path)
@@ -46,16 +72,13 @@ class SafetensorsFile:
             offset += tensor.size
 
     def write(self, name: str, begin: int, piece: memoryview) -> None:
-        """See `WeightsFile`. Opened each time: shards may be more than a process may have open files."""
+        """See `WeightsFile`."""
         offset = self._places[name] + begin
         self._hash.add(offset, piece)
-        descriptor = os.open(self.path, os.O_WRONLY)
-        try:
-            done = 0
-            while done < len(piece):
-                done += os.pwrite(descriptor, piece[done : done + MAX_TRANSFER], offset + done)
-        finally:
-            os.close(descriptor)
+        descriptor = self._opened.descriptor(self.path)
+        done = 0
+        while done < len(piece):
+            done += os.pwrite(descriptor, piece[done : done + MAX_TRANSFER], offset + done)
 
     def close(self) -> None:
         """See `WeightsFile`."""
@@ -78,9 +101,9 @@ class PytorchFile:
         self._file.close()
 
 
-def create(path: Path, shard: Shard) -> WeightsFile:
+def create(path: Path, shard: Shard, opened: LastOpened) -> WeightsFile:
     """The file of a shard, in the form that its name tells. Raises OSError."""
-    return (PytorchFile if path.suffix == ".bin" else SafetensorsFile)(path, shard)
+    return PytorchFile(path, shard) if path.suffix == ".bin" else SafetensorsFile(path, shard, opened)
 
 
 class Flusher:

@@ -17,7 +17,7 @@ from qexport.checkpoint.safetensors_file import byte_view
 from qexport.checkpoint.sharding import SAFETENSORS, Naming, ShardPlan, plan_shards
 from qexport.checkpoint.staging import StagedDirectory, require_space
 from qexport.checkpoint.tensors import TensorInfo
-from qexport.checkpoint.weights_files import Flusher, WeightsFile, create
+from qexport.checkpoint.weights_files import Flusher, LastOpened, WeightsFile, create
 from qexport.events import Noted, OnEvent, ignore
 from qexport.sizes import format_size
 
@@ -57,7 +57,7 @@ class CheckpointWriter:
         self._left = {tensor.name: tensor.size for tensor in tensors if tensor.size}
         self._max_shard_size, self._on_event = max_shard_size, on_event
         self._staged = StagedDirectory(out, overwrite=overwrite, sources=sources)
-        self._flusher = Flusher()
+        self._flusher, self._opened = Flusher(), LastOpened()
 
     def __enter__(self) -> CheckpointWriter:
         try:
@@ -71,10 +71,10 @@ class CheckpointWriter:
                 )
             with write_errors(self._staged.target):
                 for shard in self.plan.shards:
-                    file = create(self._staged.path / shard.file, shard)
+                    file = create(self._staged.path / shard.file, shard, self._opened)
                     self._files.update({tensor.name: file for tensor in shard.tensors})
         except BaseException as error:
-            self._flusher.close()
+            self._release()
             self._staged.__exit__(type(error), error, None)
             raise
         return self
@@ -117,8 +117,12 @@ class CheckpointWriter:
             if error is None:
                 self._finish()
         finally:
-            self._flusher.close()
+            self._release()
             self._staged.__exit__(kind, error, trace)
+
+    def _release(self) -> None:
+        self._flusher.close()
+        self._opened.close()
 
     def _finish(self) -> None:
         if self._left:

@@ -136,6 +136,13 @@ def _add_module(book: EditBook, settings: LoraSettings, module: str, parts: _Par
             f"{settings.rank_of(module)}"
         )
     transposed = parts.embedding or settings.transposed or _is_conv1d(book, name)
+    pooled = adapter.config.get("use_qalora") and a.shape[1] not in book.names.shape(name)
+    if pooled:
+        raise AdapterError(
+            f"{adapter.path} is a QALoRA on quantized layers and cannot be merged: it adds to the zero "
+            f"points of {module}, a number a group of inputs",
+            remedy="serve it with PEFT",
+        )
     wanted = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
     if not book.fits(name, wanted):
         return

@@ -7,10 +7,11 @@ must know of the adapter's other modules, they lie beside it without any.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,8 +53,7 @@ class PeftLayers:
 
     def __init__(self, adapter: Adapter, skeleton: nn.Module) -> None:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # third parties' own
+            with _quiet():
                 import peft
         except ImportError as error:
             raise MissingDependencyError(
@@ -65,8 +65,9 @@ class PeftLayers:
         self._tops = {name for name, _ in skeleton.named_children()}
         self._once: Any = None
         try:
-            self._config: Any = peft.PeftConfig.from_pretrained(str(adapter.path))
-            names = self._targets(skeleton)
+            with _quiet():
+                self._config: Any = peft.PeftConfig.from_pretrained(str(adapter.path))
+                names = self._targets(skeleton)
         except Exception as error:  # PEFT raises whatever a config leads it to
             raise AdapterError(f"PEFT does not take {adapter.path}: {_reason(error)}") from error
         self.modules = {name: skeleton.get_submodule(name) for name in names}
@@ -93,7 +94,8 @@ class PeftLayers:
         """The parameters fp32 of one module with the adapter merged in. They may be changed in place."""
         module = _with_parameters(self.modules[name], parameters)
         try:
-            with self._lock:  # PEFT's wrapping draws from the process's one random generator
+            # PEFT's wrapping draws from the process's one random generator
+            with self._lock, _quiet():
                 merged = self._merge(name, module)
         except Exception as error:
             raise AdapterError(
@@ -134,8 +136,7 @@ class PeftLayers:
                 key: kept for key, kept in config.rank_pattern.items() if key.startswith(own)
             }
         config.inference_mode = True
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # what PEFT draws the file replaces; else it is at least always the same
             wrapped: Any = self._peft.get_peft_model(_tree(tree), config)
         return wrapped.eval()  # VB-LoRA refuses pruned logits in training
@@ -150,11 +151,13 @@ class PeftLayers:
                     chosen[PREFIX + key] = tensor.read()
             elif self._concerns(wrapped, key):
                 chosen[f"base_model.{key}"] = tensor.read()
-        expected = _state_of(wrapped, tuple(PREFIX + prefix for prefix in own))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that projections are drawn again, not loaded
-            result: Any = self._peft.set_peft_model_state_dict(wrapped, chosen)
-        missing = sorted(expected & set(result.missing_keys))
+        # what PEFT itself would save of them: what is drawn again from a seed is not expected in the file
+        saved = self._peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        concerned = tuple(PREFIX + prefix for prefix in own)
+        missing = sorted(
+            key for key in set(saved) - set(chosen) if key.startswith(concerned) or not key.startswith(PREFIX)
+        )
+        result: Any = self._peft.set_peft_model_state_dict(wrapped, chosen)
         strange = list(result.unexpected_keys)
         if missing or strange:
             raise ValueError(
@@ -189,20 +192,6 @@ def _settle_frod(wrapper: Any) -> None:
     for adapter in list(wrapper.frod_U.keys()):
         rotation, _ = wrapper._calculate_frod_u_and_lambda(wrapper.frod_V[adapter], weight)
         wrapper.frod_U[adapter] = rotation.to(weight.dtype)
-
-
-def _state_of(wrapped: Any, own: tuple[str, ...]) -> set[str]:
-    """The keys of what was trained or drawn for these modules alone, without their base."""
-    state = wrapped.state_dict(keep_vars=True)
-    shared = {id(value) for key, value in state.items() if not key.startswith(PREFIX)}
-    parts: list[str] = []
-    for prefix in own:
-        wrapper = wrapped.get_submodule(prefix[:-1])
-        # AdaLoRA's ranknum is always the config's rank, and not saved
-        names = {*wrapper.adapter_layer_names, *wrapper.other_param_names} - {"ranknum"}
-        parts += [f"{prefix}{name}." for name in names]
-    begins = tuple(parts)
-    return {key for key, value in state.items() if key.startswith(begins) and id(value) not in shared}
 
 
 def _tree(modules: Modules) -> nn.Module:
@@ -242,6 +231,14 @@ def _stand_in(module: nn.Module, *, sized: bool = True) -> nn.Module:
             if value is not None
         },
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT warns of what it does anyway, such as drawing a projection again from its seed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _reason(error: Exception) -> str:

@@ -20,7 +20,6 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 _VARIANTS = ("kasa_config", "monteclora_config", "velora_config", "use_bdlora")
 _BY_TOKEN = {
     "alora_invocation_tokens": "activated LoRA: its change begins where the invocation tokens stand",
-    "use_qalora": "QALoRA: it pools the inputs of each group, for a quantized layer's zero points only",
     "arrow_config": "routed by Arrow: each token chooses its experts when the model runs",
 }
 

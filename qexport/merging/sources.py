@@ -10,7 +10,7 @@ import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.hashing import PassingHash
-from qexport.checkpoint.safetensors_file import StoredTensor, byte_view, read_rows, read_tensor
+from qexport.checkpoint.safetensors_file import StoredTensor, byte_view, read_into, read_rows, read_tensor
 from qexport.merging.edits import ReplaceEdit
 
 _CHUNK_ROWS = 4096
@@ -56,10 +56,22 @@ class StoredSource:
     def rows(self, begin: int, end: int) -> torch.Tensor:
         """See `Source`."""
         values = self.tensor_rows(begin, end)
-        if self.passing:
-            place = begin * (self.tensor.size // max(self.tensor.shape[0], 1)) if self.tensor.shape else 0
-            self.passing.add(self.tensor.offset + place, byte_view(values))
+        self._tell(begin, values)
         return values
+
+    def rows_in(self, buffer: torch.Tensor, begin: int, end: int) -> torch.Tensor:
+        """The same in the memory of `buffer`, uint8 and large enough."""
+        width = self.tensor.size // max(self.tensor.shape[0], 1)
+        memory = buffer[: (end - begin) * width]
+        read_into(self.tensor, byte_view(memory), begin * width)
+        values = memory.view(self.tensor.dtype).view(end - begin, *self.tensor.shape[1:])
+        self._tell(begin, values)
+        return values
+
+    def _tell(self, begin: int, values: torch.Tensor) -> None:
+        if self.passing:
+            width = self.tensor.size // max(self.tensor.shape[0], 1) if self.tensor.shape else 0
+            self.passing.add(self.tensor.offset + begin * width, byte_view(values))
 
     def tensor_rows(self, begin: int, end: int) -> torch.Tensor:
         """The same, unheard."""

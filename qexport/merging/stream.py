@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 
 import torch
 
@@ -20,7 +21,7 @@ from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.events import Advanced, OnEvent
 from qexport.merging.edits import Change, Edit, in_one
-from qexport.merging.sources import Source
+from qexport.merging.sources import Source, StoredSource
 
 PIECE_BYTES = 1 << 21
 ROOM_BYTES = 1 << 26
@@ -96,12 +97,42 @@ class _Piece:
         return values * (_WHOLE_WIDTH if planned.whole else width)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A piece as it was read; `buffer` is the memory it lies in, where that is to be used again."""
+
+    values: torch.Tensor
+    buffer: torch.Tensor | None = None
+
+
 @dataclass
 class _Outcome:
     values: torch.Tensor
+    buffer: torch.Tensor | None = None
     base_square: float = 0.0
     delta_square: float = 0.0
     bad: str = ""
+
+
+class _Buffers:
+    """Memory that is used again: the kernel clears every fresh page, which takes longer than reading it."""
+
+    def __init__(self) -> None:
+        self._free: SimpleQueue[torch.Tensor] = SimpleQueue()
+
+    def take(self, size: int) -> torch.Tensor:
+        """At least `size` bytes."""
+        if size > PIECE_BYTES:
+            return torch.empty(size, dtype=torch.uint8)
+        try:
+            return self._free.get_nowait()
+        except Empty:
+            return torch.empty(PIECE_BYTES, dtype=torch.uint8)
+
+    def give(self, buffer: torch.Tensor | None) -> None:
+        """It is free again."""
+        if buffer is not None and len(buffer) == PIECE_BYTES:
+            self._free.put(buffer)
 
 
 @dataclass
@@ -114,6 +145,7 @@ class MergeStream:
     on_event: OnEvent
     changed: dict[str, Changed] = field(default_factory=dict)
     broken: dict[str, list[str]] = field(default_factory=dict)
+    _buffers: _Buffers = field(default_factory=_Buffers)
 
     def run(self, tensors: Sequence[PlannedTensor]) -> None:
         """Takes all of them through."""
@@ -132,22 +164,33 @@ class MergeStream:
         finally:
             torch.set_num_threads(threads)
 
-    def _read(self, piece: _Piece) -> torch.Tensor:
+    def _read(self, piece: _Piece) -> _Read:
         job = piece.job
         if piece.begin == 0 and job.planned.edits:
             job.changes = in_one([edit.load(self.device) for edit in job.planned.edits])
-        return job.planned.source.rows(piece.begin, piece.end)
+        source = job.planned.source
+        if not isinstance(source, StoredSource) or job.planned.whole or not source.shape:
+            return _Read(source.rows(piece.begin, piece.end))
+        buffer = self._buffers.take(piece.bytes)
+        return _Read(source.rows_in(buffer, piece.begin, piece.end), buffer)
 
-    def _change(self, piece: _Piece, raw: torch.Tensor) -> _Outcome:
-        planned, dtype = piece.job.planned, piece.job.planned.info.dtype
-        if not planned.edits:
-            outcome = _Outcome(raw.to(dtype))
-            if not is_finite(raw):
-                outcome.bad = "base"
-            elif raw.dtype != dtype and not is_finite(outcome.values):
-                outcome.bad = "merged"
-            return outcome
-        return _changed(piece, raw, self.device)
+    def _change(self, piece: _Piece, read: _Read) -> _Outcome:
+        planned, raw = piece.job.planned, read.values
+        dtype = planned.info.dtype
+        # what keeps its dtype is changed where it lies
+        outcome = _Outcome(raw, read.buffer)
+        if raw.dtype != dtype:
+            outcome = _Outcome(torch.empty(raw.shape, dtype=dtype))
+        if planned.edits:
+            _apply(piece, raw, outcome, self.device)
+        else:
+            outcome.bad = "" if is_finite(raw) else "base"
+            if raw.dtype != dtype:
+                outcome.values.copy_(raw)
+                outcome.bad = outcome.bad or ("" if is_finite(outcome.values) else "merged")
+        if outcome.buffer is None:
+            self._buffers.give(read.buffer)
+        return outcome
 
     def _write(self, piece: _Piece, outcome: _Outcome) -> None:
         planned = piece.job.planned
@@ -163,6 +206,7 @@ class MergeStream:
             told.base_square += outcome.base_square
             told.delta_square += outcome.delta_square
         self.on_event(Advanced(outcome.values.nbytes, name))
+        self._buffers.give(outcome.buffer)
         if piece.end == planned.rows:
             piece.job.changes = ()
 
@@ -193,21 +237,22 @@ def _tile(size: int, device: torch.device) -> torch.Tensor:
     return held[device][:size]
 
 
-def _changed(piece: _Piece, raw: torch.Tensor, device: torch.device) -> _Outcome:
-    """The changed rows in the output's dtype, and how much they changed."""
+def _apply(piece: _Piece, raw: torch.Tensor, outcome: _Outcome, device: torch.device) -> None:
+    """Changes the rows of a piece into the outcome's, which may be the same memory, and measures it."""
     planned, changes = piece.job.planned, piece.job.changes
-    outcome = _Outcome(torch.empty(raw.shape, dtype=planned.info.dtype))
-    flat, known = planned.row_values, _known_delta(changes)
+    known = _known_delta(changes)
     rows, written = raw.reshape(-1, *raw.shape[1:]), outcome.values.reshape(-1, *raw.shape[1:])
-    step = len(rows) if planned.whole else max(_TILE_VALUES // max(flat, 1), 1)
+    step = len(rows) if planned.whole else max(_TILE_VALUES // max(planned.row_values, 1), 1)
     for begin in range(0, len(rows), max(step, 1)):
         part = rows[begin : begin + step]
-        tile = (
-            part.to(device, torch.float32, copy=True)
-            if planned.whole
-            else _tile(part.numel(), device).view(part.shape).copy_(part)
-        )
-        outcome.base_square += _square(tile)
+        if planned.whole:
+            tile = part.to(device, torch.float32, copy=True)
+        else:
+            tile = _tile(part.numel(), device).view(part.shape).copy_(part)
+        square = _square(tile)
+        if not math.isfinite(square) and not is_finite(part.contiguous()):
+            outcome.bad = "base"
+        outcome.base_square += square
         before = None if known is not None else tile.clone()
         for change in changes:
             tile = change.apply(tile, piece.begin + begin)
@@ -216,11 +261,9 @@ def _changed(piece: _Piece, raw: torch.Tensor, device: torch.device) -> _Outcome
         written[begin : begin + step].copy_(tile)
     if known is not None and piece.begin == 0:
         outcome.delta_square = known
-    if not math.isfinite(outcome.base_square) and not is_finite(raw):
-        outcome.bad = "base"
-    elif planned.info.dtype == torch.float16 or not math.isfinite(outcome.delta_square):
+    narrow = planned.info.dtype == torch.float16  # a finite fp32 may not be one in fp16
+    if not outcome.bad and (narrow or not math.isfinite(outcome.delta_square)):
         outcome.bad = "" if is_finite(outcome.values) else "merged"
-    return outcome
 
 
 def _known_delta(changes: Sequence[Change]) -> float | None:
