@@ -2,9 +2,11 @@
 
     make demo && .venv/bin/python benchmarks/readme.py --demo qexport-demo
     .venv/bin/python benchmarks/readme.py --memory
+    .venv/bin/python benchmarks/merge.py --json > merge.json
+    .venv/bin/python benchmarks/readme.py --merge merge.json
 
-Each option writes one part: the demo's table from its report.json, and the table of benchmarks/memory.py,
-which is run for it. The commands' help is always written.
+Each option writes one part: the demo's table from its report.json, the table of benchmarks/memory.py,
+which is run for it, and that of benchmarks/merge.py from its JSON. The commands' help is always written.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from merge import Agreement, Results, remarks, table
+from merge import Row as MergeRow
 
 from qexport.cli.main import COMMANDS
 from qexport.report.rows import Row, table_markdown
@@ -48,11 +53,24 @@ def demo_table(directory: Path) -> str:
     return table_markdown([Row(**row) for row in report["rows"]])
 
 
+def merge_part(file: Path) -> str:
+    """Table and remarks of what benchmarks/merge.py --json wrote."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    results = Results(
+        found["machine"],
+        [MergeRow(**row) for row in found["rows"]],
+        [Agreement(**agreement) for agreement in found["agreements"]],
+        found["notes"],
+    )
+    return f"{table(results)}\n\n{remarks(results)}"
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--demo", type=Path, metavar="DIR")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--merge", type=Path, metavar="JSON")
     options = parser.parse_args()
     text = replaced(README.read_text(encoding="utf-8"), "commands", help_blocks())
     if options.demo:
@@ -62,6 +80,8 @@ def main() -> None:
         text = replaced(
             text, "memory", subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout
         )
+    if options.merge:
+        text = replaced(text, "merge", merge_part(options.merge))
     README.write_text(text, encoding="utf-8")
 
 
