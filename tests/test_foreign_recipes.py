@@ -266,7 +266,6 @@ def test_keys_without_effect_are_told(places: dict[str, Any]) -> None:
         ({"export_hub_model_id": "me/mine"}, "export_hub_model_id: qexport does not push yet"),
         ({"model_revision": "v2"}, "model_revision: qexport takes a model's main revision"),
         ({"cache_dir": "cache"}, "cache_dir: qexport looks where HF_HUB_CACHE says"),
-        ({"resize_vocab": True}, "resize_vocab: qexport adds no tokens"),
         ({"add_tokens": "<a>,<b>"}, "add_tokens: qexport adds no tokens"),
         ({"quantization_method": "hqq"}, "quantization_method: input should be 'bnb'"),
         ({"cutoff_len": 4096}, "cutoff_len: a length for training"),
@@ -289,7 +288,7 @@ def test_what_llama_factory_asks_in_vain(
 
 
 def test_values_that_ask_for_nothing_are_no_reason_to_refuse(places: dict[str, Any]) -> None:
-    content = factory(places, stage="sft", model_revision="main", resize_vocab=False, hf_hub_token="")
+    content = factory(places, stage="sft", model_revision="main", resize_vocab=True, hf_hub_token="")
     assert parsed({**content, "export_hub_model_id": None}).notes == (TEMPLATE_NOTE, CODE_NOTE)
 
 

@@ -8,8 +8,9 @@ from qexport.checkpoint.checkpoint import local_path
 from qexport.checkpoint.sidecars import PATTERNS
 from qexport.errors import CheckpointNotFoundError
 
-# Weights in one form only, configs, and what is carried along; never a pickle.
-MODEL_FILES = ["*.safetensors", "*.json", *PATTERNS]
+# Weights in one form only, configs, and what is carried along; of pickles an adapter's only, which is read
+# by torch's weights-only loader.
+MODEL_FILES = ["*.safetensors", "*.json", "adapter_model.bin", *PATTERNS]
 
 
 def resolve(source: str | Path) -> Path:

@@ -91,7 +91,7 @@ def content_files(directory: Path) -> list[Path]:
     weights = {file.relative_to(directory) for file in found}
     configs = {
         Path(name)
-        for name in (CONFIG_FILE, INDEX_FILE, "adapter_config.json")
+        for name in (CONFIG_FILE, INDEX_FILE, "adapter_config.json", "adapter_model.bin")
         if (directory / name).is_file()
     }
     return sorted(weights | configs | set(sidecar_files(directory)))

@@ -158,7 +158,7 @@ _IDLE = (
     "enable_liger_kernel enable_thinking flash_attn image_do_pan_and_scan image_max_pixels "
     "image_min_pixels infer_backend init_special_tokens length_penalty low_cpu_mem_usage max_length "
     "max_new_tokens num_beams offload_folder preserve_thinking print_param_status quantization_device_map "
-    "repetition_penalty skip_special_tokens temperature tool_format top_k top_p upcast_layernorm "
+    "repetition_penalty resize_vocab skip_special_tokens temperature tool_format top_k top_p upcast_layernorm "
     "upcast_lmhead_output use_audio_in_video use_cache use_fast_tokenizer use_kv_cache use_reentrant_gc "
     "use_unsloth use_unsloth_gc use_v1_kernels video_fps video_max_pixels video_maxlen video_min_pixels "
     "visual_inputs"
@@ -175,7 +175,6 @@ LLAMA_FACTORY = Dialect(
             "qexport takes a model's main revision: download another, and name its directory",
             (*OFF, "main"),
         ),
-        "resize_vocab": Refusal(NO_NEW_TOKENS),
         "add_tokens": Refusal(NO_NEW_TOKENS),
         "add_special_tokens": Refusal(NO_NEW_TOKENS),
         "new_special_tokens": Refusal(NO_NEW_TOKENS),  # the name of before 2025

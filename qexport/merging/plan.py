@@ -78,6 +78,7 @@ def plan_merge(
     books = [_book(adapter, checkpoint, names, trust_remote_code) for adapter in opened]
     layout = Layout(checkpoint, books, all_edits(books, spec), spec)
     sidecars = chosen_sidecars(checkpoint.path, opened, spec.tokenizer, on_event)
+    sidecars.pop(Path("quantize_config.json"), None)  # the output is not quantized
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     tensors = layout.tensors()
     if layout.untied_by:
