@@ -288,8 +288,13 @@ def test_what_llama_factory_asks_in_vain(
 
 
 def test_values_that_ask_for_nothing_are_no_reason_to_refuse(places: dict[str, Any]) -> None:
-    content = factory(places, stage="sft", model_revision="main", resize_vocab=True, hf_hub_token="")
+    content = factory(places, stage="sft", model_revision="main", hf_hub_token="")
     assert parsed({**content, "export_hub_model_id": None}).notes == (TEMPLATE_NOTE, CODE_NOTE)
+
+
+def test_a_resized_vocabulary_is_the_adapters_to_tell(places: dict[str, Any]) -> None:
+    notes = parsed(factory(places, resize_vocab=True)).notes
+    assert notes[-1] == "no part of an export with qexport: resize_vocab"
 
 
 def test_a_token_is_not_repeated(places: dict[str, Any]) -> None:
