@@ -45,6 +45,11 @@ def _read_shared(tensor: AdapterTensor) -> torch.Tensor:
     return tensor.read().float()
 
 
+def forget_shared() -> None:
+    """Lets go of the matrices that were kept for the next tensor."""
+    _read_shared.cache_clear()
+
+
 @dataclass(frozen=True)
 class AddLowRank:
     """W + scale * left @ right; `left` [n, r] is cut along with W's rows."""

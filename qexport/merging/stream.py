@@ -20,7 +20,7 @@ from qexport.checkpoint.overlap import Overlap
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.events import Advanced, OnEvent
-from qexport.merging.edits import Change, Edit, in_one
+from qexport.merging.edits import Change, Edit, forget_shared, in_one
 from qexport.merging.sources import Source, StoredSource
 
 PIECE_BYTES = 1 << 21
@@ -163,6 +163,7 @@ class MergeStream:
             ).run(_pieces(tensors))
         finally:
             torch.set_num_threads(threads)
+            forget_shared()
 
     def _read(self, piece: _Piece) -> _Read:
         job = piece.job
