@@ -87,5 +87,6 @@ def _show_plan(
     if not out.json:
         out.note(
             f"{len(rows)} of {planned.tensors} tensors touched; {format_size(planned.size_bytes)} in "
-            f"{len(planned.files)} files; about {format_size(planned.peak_bytes)} of memory"
+            f"{len(planned.files)} file{'s' if len(planned.files) > 1 else ''}; "
+            f"about {format_size(planned.peak_bytes)} of memory"
         )
