@@ -35,12 +35,14 @@ class MergeResult:
     """A merged checkpoint, and what became of its tensors.
 
     `base` is what was merged into, `base_precision` how a quantized base was made full ("full",
-    "dequantize", or None where it was not quantized).
+    "dequantize", or None where it was not quantized), `vocabulary_rows` the rows before and after where the
+    vocabulary was resized.
     """
 
     path: Path
     base: Path
     base_precision: str | None
+    vocabulary_rows: tuple[int, int] | None
     size_bytes: int
     tensors: int
     changes: tuple[TensorChange, ...]

@@ -92,13 +92,8 @@ def test_lora_arithmetic() -> None:
     left, right = torch.randn(7, 3), torch.randn(3, 5)
     assert product_square(left, right) == pytest.approx(float((left @ right).norm()) ** 2, rel=1e-5)
     weight = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    assert torch.equal(
-        with_magnitude(weight, torch.tensor([10.0, 1.0]), outputs=0), torch.tensor([[6.0, 8.0], [0.0, 1.0]])
-    )
-    assert torch.equal(
-        with_magnitude(weight.T, torch.tensor([10.0, 1.0]), outputs=1).T,
-        torch.tensor([[6.0, 8.0], [0.0, 1.0]]),
-    )
+    expected = torch.tensor([[6.0, 8.0], [0.0, 1.0]])
+    assert torch.equal(with_magnitude(weight, torch.tensor([10.0, 1.0])), expected)
 
 
 def refused(base: Path, adapter: Path, out: Path, kind: type[Exception], pattern: str) -> None:
@@ -153,7 +148,7 @@ def test_half_a_pair_and_other_ranks(llama: Path, tmp_path: Path) -> None:
         ({"lora_alpha": "much"}, "lora_alpha is 'much'"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"r": 0}, "r is 0; a rank of 1 or more"),
-        ({"alpha_pattern": [1]}, "alpha_pattern is no object"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is [1]; an object"),
         ({"alpha_pattern": {"q_proj(": 64}}, "the pattern 'q_proj(' is no regular expression"),
         ({"alpha_pattern": {"((.|.)+)+$^": 64}}, "the pattern '((.|.)+)+$^' takes too long"),
         ({"init_lora_weights": "corda"}, "was initialised by corda, which changed the base"),

@@ -14,7 +14,7 @@ from qexport.checkpoint.disk import exists, is_file, read_errors
 from qexport.checkpoint.safetensors_file import StoredTensor, iter_values, read_header, read_tensor
 from qexport.checkpoint.sharding import INDEX_FILE, SINGLE_FILE
 from qexport.checkpoint.tensors import TensorInfo
-from qexport.checkpoint.ties import EMBEDDING_NAMES, HEAD_NAMES, Tie, tie_of
+from qexport.checkpoint.ties import Tie, embedding_name, head_name, tie_of
 from qexport.errors import (
     CheckpointNotFoundError,
     CorruptFileError,
@@ -216,10 +216,9 @@ def _resolve_tie(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) 
     tie = tie_of(config, stored)
     if tie or not config.get("tie_word_embeddings"):
         return tie
-    embedding = next((stored[name] for name in EMBEDDING_NAMES if name in stored), None)
-    head = next((stored[name] for name in HEAD_NAMES if name in stored), None)
-    if embedding and head and _same_values(embedding, head):
-        return Tie(embedding.name, head.name)
+    embedding, head = embedding_name(stored), head_name(stored)
+    if embedding and head and _same_values(stored[embedding], stored[head]):
+        return Tie(embedding, head)
     return None
 
 

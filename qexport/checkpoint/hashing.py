@@ -15,11 +15,12 @@ from qexport.checkpoint.disk import read_errors
 
 ALGORITHM = "blake3"
 _CHUNK = 1 << 22
-_known: dict[tuple[str, int, int], str] = {}
+_Key = tuple[str, int, int, int, int]
+_known: dict[_Key, str] = {}
 
 
 def file_hash(path: Path) -> str:
-    """The hash of a file's content, remembered within this process by path, size and time."""
+    """The hash of a file's content, remembered within this process by path, inode, size and times."""
     with read_errors(path):
         key = _key(path)
         if key not in _known:
@@ -31,16 +32,17 @@ def file_hash(path: Path) -> str:
     return _known[key]
 
 
-def _key(path: Path) -> tuple[str, int, int]:
+def _key(path: Path) -> _Key:
+    """What changes with the content: who sets the modification time back does not set the change time."""
     state = path.stat()
-    return str(path.resolve()), state.st_size, state.st_mtime_ns
+    return str(path.resolve()), state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino
 
 
 class PassingHash:
     """The hash of a file that somebody reads or writes front to back.
 
-    `add` each piece with its place; a piece that does not follow the one before ends it. `remember`
-    then spares `file_hash` the file if all of it went by, and does nothing otherwise.
+    `add` each piece with its place. What came by already may come again, unchanged; a gap ends it.
+    `remember` then spares `file_hash` the file if all of it went by, and does nothing otherwise.
     """
 
     def __init__(self, path: Path) -> None:

@@ -58,33 +58,40 @@ class Overlap(Generic[Item, Raw, Done]):
         workers: int,
     ) -> None:
         self._read, self._change, self._write, self._size = read, change, write, size
-        self._room, self._workers = _Room(room), workers
-        self._queue: SimpleQueue[tuple[Item, Future[Done]] | BaseException | None] = SimpleQueue()
+        self._bytes, self._workers = room, workers
 
     def run(self, items: Iterable[Item]) -> None:
         """Takes every item through the three stages."""
+        room = _Room(self._bytes)
+        queue: SimpleQueue[tuple[Item, Future[Done]] | BaseException | None] = SimpleQueue()
         with ThreadPoolExecutor(self._workers) as pool:
-            reader = threading.Thread(target=self._feed, args=(items, pool))
+            reader = threading.Thread(target=self._feed, args=(items, pool, room, queue))
             reader.start()
             try:
-                while (got := self._queue.get()) is not None:
+                while (got := queue.get()) is not None:
                     if isinstance(got, BaseException):
                         raise got
                     item, future = got
                     self._write(item, future.result())
                     del got, future  # the piece is free before the next is asked for
-                    self._room.give(self._size(item))
+                    room.give(self._size(item))
             finally:
-                self._room.close()
+                room.close()
                 reader.join()
                 pool.shutdown(cancel_futures=True)
 
-    def _feed(self, items: Iterable[Item], pool: ThreadPoolExecutor) -> None:
+    def _feed(
+        self,
+        items: Iterable[Item],
+        pool: ThreadPoolExecutor,
+        room: _Room,
+        queue: SimpleQueue[tuple[Item, Future[Done]] | BaseException | None],
+    ) -> None:
         try:
             for item in items:
-                if not self._room.take(self._size(item)):
+                if not room.take(self._size(item)):
                     return
-                self._queue.put((item, pool.submit(self._change, item, self._read(item))))
-            self._queue.put(None)
+                queue.put((item, pool.submit(self._change, item, self._read(item))))
+            queue.put(None)
         except BaseException as error:
-            self._queue.put(error)
+            queue.put(error)

@@ -146,6 +146,8 @@ def read_rows(tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
 
 def read_values(tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:
     """The values `begin` to `end` of the tensor, flat, in memory of their own."""
+    if not 0 <= begin <= end <= tensor.numel:
+        raise ValueError(f"{tensor.name} has {tensor.numel} values, asked for were {begin} to {end}")
     values = torch.empty(end - begin, dtype=tensor.dtype)
     read_into(tensor, byte_view(values), begin * tensor.dtype.itemsize)
     return values

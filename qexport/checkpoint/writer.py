@@ -51,7 +51,7 @@ class CheckpointWriter:
         self._config, self._naming = dict(config), naming
         self._recipe = recipe
         self._sidecars = sidecars
-        self._json_files: dict[str, Mapping[str, Any]] = {}
+        self._texts: dict[str, str] = {}
         self._files: dict[str, WeightsFile] = {}
         self._planned = {tensor.name: tensor for tensor in tensors}
         self._left = {tensor.name: tensor.size for tensor in tensors if tensor.size}
@@ -105,7 +105,11 @@ class CheckpointWriter:
 
     def add_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Adds a small JSON file, such as quantize_config.json."""
-        self._json_files[name] = content
+        self.add_text(name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def add_text(self, name: str, text: str) -> None:
+        """Adds a small text file."""
+        self._texts[name] = text
 
     def __exit__(
         self,
@@ -135,13 +139,12 @@ class CheckpointWriter:
                 (directory / sidecar).parent.mkdir(parents=True, exist_ok=True)
                 (directory / sidecar).write_bytes(content)
         if len(self.plan.shards) > 1:
-            self._json_files[self._naming.index] = self.plan.index()
-        self._json_files[CONFIG_FILE] = self._config
+            self.add_json(self._naming.index, self.plan.index())
+        self.add_json(CONFIG_FILE, self._config)
         with write_errors(target):
             for file in {id(file): file for file in self._files.values()}.values():
                 file.close()
-            for name, values in self._json_files.items():
-                text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+            for name, text in self._texts.items():
                 (directory / name).write_text(text, encoding="utf-8")
             self._flusher.finish()
         manifest = Manifest(self._recipe(), record_files(directory), self.figures)

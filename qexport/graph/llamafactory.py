@@ -157,11 +157,11 @@ _IDLE = (
     "audio_sampling_rate crop_to_patches default_system disable_gradient_checkpointing do_sample "
     "enable_liger_kernel enable_thinking flash_attn image_do_pan_and_scan image_max_pixels "
     "image_min_pixels infer_backend init_special_tokens length_penalty low_cpu_mem_usage max_length "
-    "max_new_tokens num_beams offload_folder preserve_thinking print_param_status quantization_device_map "
-    "repetition_penalty resize_vocab skip_special_tokens temperature tool_format top_k top_p upcast_layernorm "
-    "upcast_lmhead_output use_audio_in_video use_cache use_fast_tokenizer use_kv_cache use_reentrant_gc "
-    "use_unsloth use_unsloth_gc use_v1_kernels video_fps video_max_pixels video_maxlen video_min_pixels "
-    "visual_inputs"
+    "max_new_tokens num_beams offload_folder preserve_thinking print_param_status "
+    "quantization_device_map repetition_penalty resize_vocab skip_special_tokens temperature "
+    "tool_format top_k top_p upcast_layernorm upcast_lmhead_output use_audio_in_video use_cache "
+    "use_fast_tokenizer use_kv_cache use_reentrant_gc use_unsloth use_unsloth_gc use_v1_kernels "
+    "video_fps video_max_pixels video_maxlen video_min_pixels visual_inputs"
 )
 
 LLAMA_FACTORY = Dialect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from qexport.checkpoint.checkpoint import read_json
+from qexport.checkpoint.disk import exists, is_file
 from qexport.checkpoint.finiteness import is_finite, non_finite_error
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.safetensors_file import StoredTensor, read_header, read_rows, read_tensor
@@ -21,6 +23,10 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 _PIECE_VALUES = 1 << 22
+# options that this package goes by, for any kind; the rest is checked where it is used, or by PEFT
+_SWITCHES = ("use_dora", "use_rslora", "fan_in_fan_out", "ensure_weight_tying")
+_NAME_LISTS = ("modules_to_save", "target_parameters")
+_NAMES_OR_PATTERNS = ("target_modules", "exclude_modules")
 _PREFIX = re.compile(r"^base_model\.(model\.)?")
 
 _INPUT = "it changes the input of the model, not its weights"
@@ -122,7 +128,7 @@ def require_finite_adapter(adapter: Adapter) -> None:
 def split_weight(source: str) -> tuple[str, float | None]:
     """`A:0.7` as A and 0.7. A name that exists with its colon is taken as it stands."""
     name, colon, tail = source.rpartition(":")
-    if not colon or not name or Path(source).exists():
+    if not colon or not name or exists(Path(source)):
         return source, None
     try:
         weight = float(tail)
@@ -141,12 +147,12 @@ def open_adapter(source: str | Path) -> Adapter:
     """
     name, weight = split_weight(str(source))
     path = resolve(Path(name) if isinstance(source, Path) else name)
-    if not path.is_dir():
+    if not exists(path) or not path.is_dir():
         raise CheckpointNotFoundError(
-            f"adapter {path} " + ("is a file" if path.exists() else "does not exist"),
+            f"adapter {path} " + ("is a file" if exists(path) else "does not exist"),
             expected=f"a directory with {CONFIG_FILE} and {WEIGHTS_FILE}",
         )
-    if not (path / CONFIG_FILE).is_file():
+    if not is_file(path / CONFIG_FILE):
         raise AdapterError(f"{path} has no {CONFIG_FILE}", expected="a PEFT adapter has one")
     config = read_json(path / CONFIG_FILE)
     kind = config.get("peft_type")
@@ -159,14 +165,30 @@ def open_adapter(source: str | Path) -> Adapter:
             f"{path} is a {kind} adapter and cannot be merged: {UNMERGEABLE[kind]}",
             remedy="serve it with PEFT, or train a LoRA instead",
         )
+    _require_types(path, config)
     return Adapter(path, config, _tensors(path), weight)
 
 
+def _require_types(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises AdapterError for an option of the wrong type: "false" would count as true, "ab" as two names."""
+    for option in _SWITCHES:
+        if not (config.get(option) is None or isinstance(config[option], bool)):
+            raise AdapterError(
+                f"{path}: {option} is {reprlib.repr(config[option])}", expected="true or false"
+            )
+    for option in (*_NAME_LISTS, *_NAMES_OR_PATTERNS):
+        names = config.get(option)
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            continue
+        if not (names is None or (isinstance(names, str) and option in _NAMES_OR_PATTERNS)):
+            raise AdapterError(f"{path}: {option} is {reprlib.repr(names)}", expected="a list of names")
+
+
 def _tensors(path: Path) -> dict[str, AdapterTensor]:
-    if (path / WEIGHTS_FILE).is_file():
+    if is_file(path / WEIGHTS_FILE):
         stored, _ = read_header(path / WEIGHTS_FILE)
         found = {name: AdapterTensor(name, t.dtype, t.shape, t.file, t) for name, t in stored.items()}
-    elif (path / PICKLE_FILE).is_file():
+    elif is_file(path / PICKLE_FILE):
         found = {
             name: AdapterTensor(name, held.dtype, tuple(held.shape), path / PICKLE_FILE, held=held)
             for name, held in _unpickled(path / PICKLE_FILE).items()
@@ -177,7 +199,13 @@ def _tensors(path: Path) -> dict[str, AdapterTensor]:
         )
     if not found:
         raise AdapterError(f"{path} holds no tensors", expected="what PEFT saved")
-    return {_PREFIX.sub("", name): tensor for name, tensor in found.items()}
+    tensors: dict[str, AdapterTensor] = {}
+    for name, tensor in found.items():
+        short = _PREFIX.sub("", name)
+        if short in tensors:
+            raise AdapterError(f"{path}: {short} stands twice in it, with PEFT's prefix and without")
+        tensors[short] = tensor
+    return tensors
 
 
 def _unpickled(file: Path) -> dict[str, torch.Tensor]:
@@ -193,5 +221,13 @@ def _unpickled(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
     ):
-        raise UnsafeFileError(f"{file} does not hold named tensors")
+        raise UnsafeFileError(f"{file} does not hold named tensors", expected="what PEFT saved")
+    size = file.stat().st_size
+    for name, tensor in content.items():
+        # sparse or on the meta device, it has no values; expanded, it may claim more than memory holds
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.nbytes > size:
+            raise UnsafeFileError(
+                f"{file} holds {name} as {list(tensor.shape)}, {tensor.layout}, on {tensor.device}",
+                expected=f"plain tensors within its {size} bytes",
+            )
     return {name: tensor.detach().contiguous() for name, tensor in content.items()}

@@ -19,6 +19,7 @@ from qexport.formats.opening import open_checkpoint
 from qexport.merging.adapter import Adapter
 
 _SAMPLED_LAYERS = 4
+_SAMPLED_VALUES = 1 << 26  # of a layer: a few of 256 MB in fp32 are held
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,21 @@ def _full_precision(adapter: Adapter, quantized: Checkpoint) -> Checkpoint:
     for name in quantized.names():
         if name not in full or full.info(name).shape != quantized.info(name).shape:
             raise AdapterError(f"the base it names, {adapter.base_name}, is another model: {name} differs")
+    own = set(quantized.names())
+    for name in full.names():  # buffers come and go with transformers' versions, weights do not
+        if name.endswith(".weight") and name not in own:
+            raise AdapterError(f"the base it names, {adapter.base_name}, is another model: it has {name} too")
     return full
 
 
 def _cost(quantized: Checkpoint, full: Checkpoint) -> str:
     """How far the two bases are apart, measured on a few layers."""
     coded = [name for name in quantized.names() if quantized.is_quantized(name)]
-    sampled = coded[:: max(len(coded) // _SAMPLED_LAYERS, 1)][:_SAMPLED_LAYERS]
+    small = [name for name in coded if full.info(name).numel <= _SAMPLED_VALUES] or coded[:1]
+    # one place further each time: a stride alone may meet the same kind of layer in every block
+    step = max(len(small) // _SAMPLED_LAYERS, 1)
+    places = sorted({min(n * step + n, len(small) - 1) for n in range(_SAMPLED_LAYERS)}) if small else []
+    sampled = [small[place] for place in places]
     apart = total = 0.0
     for name in sampled:
         weight = full.read(name).float()

@@ -25,6 +25,7 @@ class EditBook:
         self.copies: dict[str, ReplaceEdit] = {}
         self.rows: int | None = None
         self.least_rows = 0
+        self.notes: list[str] = []
         self._checkpoint = checkpoint
         self._strangers: list[str] = []
         self._misfits: list[str] = []
@@ -42,7 +43,8 @@ class EditBook:
         PEFT does so for modules of these names only (its EMBEDDING_LAYER_NAMES), not for GPT-2's.
         """
         known = module.rpartition(".")[2] in ("embed_tokens", "lm_head")
-        return known and bool(self.adapter.config.get("ensure_weight_tying"))
+        asked = bool(self.adapter.config.get("ensure_weight_tying"))
+        return known and asked and self._checkpoint.tie is not None
 
     @property
     def model_type(self) -> str:
@@ -51,17 +53,27 @@ class EditBook:
 
     def add(self, name: str, edit: Edit, *, both: bool = False) -> None:
         """Enters an edit of a tensor; of both sides of the tied pair when it is `both` and one of them."""
-        for side in self._sides(name) if both else (name,):
+        for side in self.sides(name) if both else (name,):
             entered = self.edits.setdefault(side, [])
-            if edit not in entered:
-                entered.append(edit)
+            given = next((other for other in entered if type(other) is type(edit)), None)
+            if given is None or not isinstance(edit, (ReplaceEdit, TokensEdit)):
+                entered.extend([] if edit in entered else [edit])
+            elif not _same_values(edit, given):
+                raise AdapterError(
+                    f"conflicting tied edits: {self.adapter.path} was trained to keep "
+                    f"{' and '.join(self.sides(name))} tied, and its values for them differ"
+                    if both
+                    else f"{self.adapter.path} holds two different {name}",
+                    expected="one and the same, as PEFT saves it",
+                )
 
     def add_copy(self, name: str, edit: ReplaceEdit) -> None:
         """Enters what the adapter's file says the base itself was, under both names of a tied pair."""
-        for side in self._sides(name):
+        for side in self.sides(name):
             self.copies.setdefault(side, edit)
 
-    def _sides(self, name: str) -> tuple[str, ...]:
+    def sides(self, name: str) -> tuple[str, ...]:
+        """Both names of the tied pair for one of them; else the name alone."""
         tie = self._checkpoint.tie
         return (tie.embedding, tie.head) if tie and name in (tie.embedding, tie.head) else (name,)
 
@@ -71,7 +83,7 @@ class EditBook:
         if tuple(shape) == found:
             return True
         if not self.names.is_vocabulary(name) or tuple(shape[1:]) != found[1:]:
-            self._misfits.append(f"{name} is {list(found)} in the base, {list(shape)} in the adapter")
+            self.misfit(name, shape)
             return False
         if self.rows not in (None, shape[0]):
             raise AdapterError(
@@ -80,6 +92,11 @@ class EditBook:
             )
         self.rows = shape[0]
         return True
+
+    def misfit(self, name: str, shape: Sequence[int]) -> None:
+        """Remembers a tensor whose shape is another in the adapter."""
+        found = list(self.names.shape(name))
+        self._misfits.append(f"{name} is {found} in the base, {list(shape)} in the adapter")
 
     def stranger(self, name: str) -> None:
         """Remembers a key, or a module, that matches no tensor."""
@@ -105,6 +122,15 @@ class EditBook:
             )
         if not self.edits:
             raise AdapterError(f"{adapter.path} changes nothing", expected="an adapter with trained tensors")
+
+
+def _same_values(one: Edit, other: Edit) -> bool:
+    """Whether both put the same values in the same place: PEFT saves some under two names."""
+    if isinstance(one, TokensEdit) and isinstance(other, TokensEdit):
+        return one.indices == other.indices and one.values.same_values(other.values)
+    assert isinstance(one, ReplaceEdit)  # noqa: S101 - the caller looked
+    assert isinstance(other, ReplaceEdit)  # noqa: S101
+    return one.tensor.same_values(other.tensor)
 
 
 def replaces_rows(edits: Sequence[Edit]) -> bool:

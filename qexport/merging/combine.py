@@ -67,7 +67,7 @@ def _merge(how: Combining, generator: torch.Generator) -> Merge:
 
     def merge(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         stacked = torch.stack([prune(tensor) for tensor in tensors])
-        weighted = stacked * torch.tensor(weights)[:, None, None]
+        weighted = stacked * torch.tensor(weights, device=stacked.device)[:, None, None]
         if name not in ("ties", "dare_ties"):
             return weighted.sum(dim=0)
         agree = _majority(stacked, how.majority_sign)
@@ -79,13 +79,16 @@ def _merge(how: Combining, generator: torch.Generator) -> Merge:
 def _trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
     """The share `density` of largest values; the others are zero."""
     kept = tensor.abs().reshape(-1).topk(int(density * tensor.numel())).indices
-    mask = torch.zeros(tensor.numel(), dtype=torch.bool).index_fill_(0, kept, value=True)
+    mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device).index_fill_(
+        0, kept, value=True
+    )
     return tensor * mask.reshape(tensor.shape)
 
 
 def _drop(tensor: torch.Tensor, density: float, generator: torch.Generator) -> torch.Tensor:
     """A random share `density` of the values, enlarged so that the mean stays; the others are zero."""
-    return tensor * torch.bernoulli(torch.full_like(tensor, density), generator=generator) / density
+    kept = torch.bernoulli(torch.full(tensor.shape, density), generator=generator)  # alike on every device
+    return tensor * kept.to(tensor.device) / density
 
 
 def _majority(stacked: torch.Tensor, method: str) -> torch.Tensor:

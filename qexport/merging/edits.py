@@ -7,7 +7,7 @@ need nothing but those rows, so that a matrix goes through in pieces; a few need
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,28 @@ class Change(Protocol):
         """`rows` fp32, the first of them row `begin` of the tensor; may be changed in place."""
 
 
+@dataclass(frozen=True)
+class Loading:
+    """Where an edit is loaded to.
+
+    `rows` goes over the tensor as the edits before this one leave it: the first row's number and some rows
+    fp32, from the front to the end, anew at every call.
+    """
+
+    device: torch.device
+    rows: Callable[[], Iterator[tuple[int, torch.Tensor]]]
+
+    def first(self, count: int) -> Loading:
+        """The same for the first `count` rows alone."""
+
+        def fewer() -> Iterator[tuple[int, torch.Tensor]]:
+            for begin, rows in self.rows():
+                if begin < count:
+                    yield begin, rows[: count - begin]
+
+        return Loading(self.device, fewer)
+
+
 class Edit(Protocol):
     """A planned change of one tensor."""
 
@@ -35,7 +57,7 @@ class Edit(Protocol):
     def whole(self) -> bool:
         """Whether it needs the whole tensor at once."""
 
-    def load(self, device: torch.device) -> Change:
+    def load(self, at: Loading) -> Change:
         """Reads what it needs."""
 
 
@@ -78,46 +100,55 @@ class LoraEdit:
     transposed: bool = False
     whole = False
 
-    def load(self, device: torch.device) -> AddLowRank:
+    def load(self, at: Loading) -> AddLowRank:
         """See `Edit`."""
-        a, b = self.a.read().float().to(device), self.b.read().float().to(device)
+        a, b = self.a.read().float().to(at.device), self.b.read().float().to(at.device)
         left, right = (a.T, b.T) if self.transposed else (b, a)
         return AddLowRank(left.contiguous(), right.contiguous(), self.scale)
 
 
 @dataclass(frozen=True)
-class _ScaleOutputs:
+class _ScaleRows:
     add: AddLowRank
     magnitude: torch.Tensor
-    outputs: int
     delta_square = None
 
     def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
-        summed = self.add.apply(rows, begin)
-        if self.outputs == 1:
-            return with_magnitude(summed, self.magnitude, outputs=1)
-        return with_magnitude(summed, self.magnitude[begin : begin + len(rows)], outputs=0)
+        return with_magnitude(self.add.apply(rows, begin), self.magnitude[begin : begin + len(rows)])
+
+
+@dataclass(frozen=True)
+class _ScaleColumns:
+    add: AddLowRank
+    factor: torch.Tensor
+    delta_square = None
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        return self.add.apply(rows, begin).mul_(self.factor)
 
 
 @dataclass(frozen=True)
 class DoraEdit:
     """LoRA, and every output's vector given its learned length.
 
-    The outputs are the rows of [out, in] and the columns of what is stored the other way round.
+    The outputs are the rows of [out, in] and the columns of what is stored the other way round; a column's
+    length is known when all rows went by once.
     """
 
     lora: LoraEdit
     magnitude: AdapterTensor
+    whole = False
 
-    @property
-    def whole(self) -> bool:
-        """A column's length is known when all rows are there."""
-        return self.lora.transposed
-
-    def load(self, device: torch.device) -> _ScaleOutputs:
+    def load(self, at: Loading) -> _ScaleRows | _ScaleColumns:
         """See `Edit`."""
-        magnitude = self.magnitude.read().float().reshape(-1).to(device)
-        return _ScaleOutputs(self.lora.load(device), magnitude, 1 if self.lora.transposed else 0)
+        magnitude = self.magnitude.read().float().reshape(-1).to(at.device)
+        add = self.lora.load(at)
+        if not self.lora.transposed:
+            return _ScaleRows(add, magnitude)
+        squares = torch.zeros(len(magnitude), dtype=torch.float64, device=at.device)
+        for begin, rows in at.rows():
+            squares += add.apply(rows, begin).square_().sum(dim=0)
+        return _ScaleColumns(add, magnitude / squares.sqrt().float())
 
 
 @dataclass(frozen=True)
@@ -153,10 +184,10 @@ class FusedExpertsEdit:
         left = b.reshape(b.shape[0], -1, self.experts).permute(2, 0, 1)
         return (right.transpose(1, 2), left.transpose(1, 2)) if self.transposed else (left, right)
 
-    def load(self, device: torch.device) -> _AddEachExpert:
+    def load(self, at: Loading) -> _AddEachExpert:
         """See `Edit`."""
         left, right = self.factors()
-        return _AddEachExpert(left.contiguous().to(device), right.contiguous().to(device), self.scale)
+        return _AddEachExpert(left.contiguous().to(at.device), right.contiguous().to(at.device), self.scale)
 
 
 @dataclass(frozen=True)
@@ -169,12 +200,12 @@ class ExpertEdit:
     end: int
     whole = False
 
-    def load(self, device: torch.device) -> AddLowRank:
+    def load(self, at: Loading) -> AddLowRank:
         """See `Edit`."""
         left, right = self.fused.factors()
         return AddLowRank(
-            left[self.expert, self.begin : self.end].contiguous().to(device),
-            right[self.expert].contiguous().to(device),
+            left[self.expert, self.begin : self.end].contiguous().to(at.device),
+            right[self.expert].contiguous().to(at.device),
             self.fused.scale,
         )
 
@@ -196,9 +227,9 @@ class BiasEdit:
     scale: float
     whole = False
 
-    def load(self, device: torch.device) -> _AddVector:
+    def load(self, at: Loading) -> _AddVector:
         """See `Edit`."""
-        return _AddVector(self.vector.read().float().to(device) * self.scale)
+        return _AddVector(self.vector.read().float().to(at.device) * self.scale)
 
 
 @dataclass(frozen=True)
@@ -219,22 +250,23 @@ class ReplaceEdit:
     tensor: AdapterTensor
     whole = False
 
-    def load(self, device: torch.device) -> _Replace:
+    def load(self, at: Loading) -> _Replace:
         """See `Edit`."""
-        return _Replace(self.tensor, device)
+        return _Replace(self.tensor, at.device)
 
 
 @dataclass(frozen=True)
 class _ReplaceRows:
-    places: Mapping[int, int]
-    values: torch.Tensor
+    indices: torch.Tensor  # ascending
+    values: torch.Tensor  # in their order
     delta_square = None
 
     def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
-        for row, place in self.places.items():
-            if begin <= row < begin + len(rows):
-                rows[row - begin] = self.values[place]
-        return rows
+        first, last = torch.searchsorted(self.indices, torch.tensor([begin, begin + len(rows)])).tolist()
+        if first == last:
+            return rows
+        places = (self.indices[first:last] - begin).to(rows.device)
+        return rows.index_copy_(0, places, self.values[first:last])
 
 
 @dataclass(frozen=True)
@@ -245,10 +277,10 @@ class TokensEdit:
     values: AdapterTensor
     whole = False
 
-    def load(self, device: torch.device) -> _ReplaceRows:
+    def load(self, at: Loading) -> _ReplaceRows:
         """See `Edit`."""
-        places = {index: place for place, index in enumerate(self.indices)}
-        return _ReplaceRows(places, self.values.read().float().to(device))
+        indices, order = torch.tensor(self.indices).sort()
+        return _ReplaceRows(indices, self.values.read().float()[order].to(at.device))
 
 
 @dataclass(frozen=True)
@@ -274,37 +306,79 @@ class WeightedEdit:
         """See `Edit`."""
         return self.inner.whole
 
-    def load(self, device: torch.device) -> _Share:
+    def load(self, at: Loading) -> _Share:
         """See `Edit`."""
-        return _Share(self.inner.load(device), self.weight)
+        return _Share(self.inner.load(at), self.weight)
 
 
 @dataclass(frozen=True)
-class _Blend:
-    parts: tuple[tuple[_Replace, float], ...]
+class _Shares:
+    parts: tuple[tuple[Change, float], ...]
     delta_square = None
 
     def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
         before = rows.clone()
-        for replacement, weight in self.parts:
-            rows = rows.add_(replacement.apply(before, begin) - before, alpha=weight)
+        for change, weight in self.parts:
+            rows = rows.add_(change.apply(before.clone(), begin).sub_(before), alpha=weight)
         return rows
 
 
 @dataclass(frozen=True)
-class BlendEdit:
-    """W + sum of weight * (T - W) over several tensors T that were each trained in W's place."""
+class SharesEdit:
+    """W + sum of weight * (T - W) over several T, tensors or rows, that were each trained in W's place."""
 
     shares: tuple[WeightedEdit, ...]
-    whole = False
 
-    def load(self, device: torch.device) -> _Blend:
+    @property
+    def whole(self) -> bool:
         """See `Edit`."""
-        parts = []
-        for share in self.shares:
-            assert isinstance(share.inner, ReplaceEdit)  # noqa: S101 - of such it is made
-            parts.append((share.inner.load(device), share.weight))
-        return _Blend(tuple(parts))
+        return any(share.whole for share in self.shares)
+
+    def load(self, at: Loading) -> _Shares:
+        """See `Edit`."""
+        return _Shares(tuple((share.inner.load(at), share.weight) for share in self.shares))
+
+
+@dataclass(frozen=True)
+class _OnFirst:
+    inner: Change
+    count: int
+
+    @property
+    def delta_square(self) -> float | None:
+        return self.inner.delta_square
+
+    def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        if begin < self.count:
+            mine = rows[: self.count - begin]
+            mine.copy_(self.inner.apply(mine, begin))
+        return rows
+
+
+@dataclass(frozen=True)
+class FirstRowsEdit:
+    """An edit that was trained with fewer rows than the tensor has now."""
+
+    inner: Edit
+    count: int
+
+    @property
+    def whole(self) -> bool:
+        """See `Edit`."""
+        return self.inner.whole
+
+    def load(self, at: Loading) -> _OnFirst:
+        """See `Edit`."""
+        return _OnFirst(self.inner.load(at.first(self.count)), self.count)
+
+
+def on_first_rows(edit: Edit, count: int) -> Edit:
+    """The edit on the first `count` rows, those of single rows as they are."""
+    if isinstance(edit, TokensEdit):
+        return edit
+    if isinstance(edit, SharesEdit):
+        return SharesEdit(tuple(WeightedEdit(on_first_rows(e.inner, count), e.weight) for e in edit.shares))
+    return FirstRowsEdit(edit, count)
 
 
 def in_one(changes: Sequence[Change]) -> tuple[Change, ...]:

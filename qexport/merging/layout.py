@@ -15,9 +15,9 @@ from qexport.checkpoint.tensors import TensorInfo
 from qexport.errors import AdapterError
 from qexport.formats.opening import float_dtype
 from qexport.merging.book import EditBook
-from qexport.merging.edits import Edit, ReplaceEdit
+from qexport.merging.edits import Edit, ReplaceEdit, SharesEdit, WeightedEdit, on_first_rows
 from qexport.merging.names import Names
-from qexport.merging.sources import DecodedSource, GivenSource, ResizedSource, Source, StoredSource
+from qexport.merging.sources import DecodedSource, ResizedSource, Source, StoredSource
 from qexport.merging.stream import PlannedTensor
 from qexport.specs import MergeSpec
 
@@ -30,11 +30,13 @@ class Layout:
         checkpoint: Checkpoint,
         books: Sequence[EditBook],
         edits: Mapping[str, Sequence[Edit]],
+        names: Names,
         spec: MergeSpec,
     ) -> None:
         self._checkpoint, self._books, self._edits = checkpoint, books, edits
+        self._numbered = list(enumerate(books, start=1))
         self._dtype: torch.dtype | None = getattr(torch, spec.dtype) if spec.dtype else None
-        self._names = Names(checkpoint)
+        self._names = names
         self._passing: dict[str, PassingHash] = {}
         self._copies = {name: self._copy(name) for name in self._names.vocabulary}
         self.untied_by = ""
@@ -65,21 +67,21 @@ class Layout:
         return [self._resized(planned, rows) for planned in tensors]
 
     def _planned(self, name: str) -> PlannedTensor:
-        source = self._source(name)
         info = self._checkpoint.info(name)
         # what was codes comes out in the dtype that the rest of the model has
         dtype = float_dtype(self._checkpoint) if self._checkpoint.is_quantized(name) else info.dtype
         if dtype.is_floating_point and self._dtype:
             dtype = self._dtype
-        adapters = tuple(n for n, book in enumerate(self._books, start=1) if name in book.edits)
+        edits = tuple(self._edits.get(name, ()))
+        adapters = {number for number, book in self._numbered if name in book.edits}
+        if copy := self._copies.get(name):
+            edits = (copy[1], *edits)
+            adapters.add(copy[0])
         return PlannedTensor(
-            TensorInfo(name, dtype, info.shape), source, tuple(self._edits.get(name, ())), adapters
+            TensorInfo(name, dtype, info.shape), self._source(name), edits, tuple(sorted(adapters))
         )
 
     def _source(self, name: str) -> Source:
-        copy = self._copies.get(name)
-        if copy is not None:
-            return GivenSource(copy, self._checkpoint.info(name).dtype)
         if self._checkpoint.is_quantized(name):
             return DecodedSource(self._checkpoint, name, float_dtype(self._checkpoint))
         return self._stored(name)
@@ -100,29 +102,31 @@ class Layout:
             self._passing[key].add(0, header)
         return self._passing[key]
 
-    def _copy(self, name: str) -> ReplaceEdit | None:
-        """What the adapters' files say that this tensor of the base was, where that is something else."""
-        found: ReplaceEdit | None = None
-        for book in self._books:
+    def _copy(self, name: str) -> tuple[int, ReplaceEdit] | None:
+        """What an adapter's file says that this tensor of the base was, where that is something else."""
+        found: tuple[int, ReplaceEdit] | None = None
+        for number, book in self._numbered:
             copy = book.copies.get(name)
-            if copy is None or (found and found.tensor.same_values(copy.tensor)) or self._is_base(name, copy):
+            if copy is None or self._is_base(name, copy):
                 continue
-            if found:
+            if found is None:
+                found = (number, copy)
+            elif not found[1].tensor.same_values(copy.tensor):
+                if found[1].tensor.shape != copy.tensor.shape:
+                    continue  # two sizes: told where the vocabulary's rows are counted
                 raise AdapterError(
-                    f"{found.tensor.file.parent} and {book.adapter.path} were trained on different {name}",
+                    f"{found[1].tensor.file.parent} and {book.adapter.path} were trained on different {name}",
                     expected="adapters of one base",
                 )
-            found = copy
         return found
 
     def _is_base(self, name: str, copy: ReplaceEdit) -> bool:
         if copy.tensor.shape != self._names.shape(name):
             return False
-        begin = 0
+        source, begin = self._source(name), 0
         for piece in copy.tensor.pieces():
-            if not torch.equal(
-                piece.float(), self._stored(name).tensor_rows(begin, begin + len(piece)).float()
-            ):
+            rows = source.silent_rows(begin, begin + len(piece))
+            if not torch.equal(piece.float(), rows.float()):
                 return False
             begin += len(piece)
         return True
@@ -131,7 +135,7 @@ class Layout:
         tie = self._checkpoint.tie
         assert tie is not None  # noqa: S101 - the caller looked
         one, other = list(self._edits.get(tie.embedding, ())), list(self._edits.get(tie.head, ()))
-        if one == other or self._are_equal(one, other):
+        if len(one) == len(other) and all(map(_are_equal, one, other)):
             return False
         kept = [b.adapter for b in self._books if b.adapter.config.get("ensure_weight_tying")]
         if kept and one and other:
@@ -145,20 +149,29 @@ class Layout:
         self.untied_by = f"{' and '.join(sides)} {how}"
         return True
 
-    @staticmethod
-    def _are_equal(one: Sequence[Edit], other: Sequence[Edit]) -> bool:
-        """Whether both sides were saved as one and the same matrix."""
-        if len(one) != 1 or len(other) != 1:
-            return False
-        a, b = one[0], other[0]
-        return isinstance(a, ReplaceEdit) and isinstance(b, ReplaceEdit) and a.tensor.same_values(b.tensor)
-
     def _resized(self, planned: PlannedTensor, rows: int) -> PlannedTensor:
         info = planned.info
-        if not self._names.is_vocabulary(info.name):
+        if not self._names.is_vocabulary(info.name) or info.shape[0] == rows:
             return planned
-        shape = (rows, *info.shape[1:])
-        source = planned.source
-        if source.shape[0] != rows:
-            source = ResizedSource(source, rows)
-        return replace(planned, info=replace(info, shape=shape), source=source)
+        own = {number: book.rows or info.shape[0] for number, book in self._numbered}
+        trained = max((own[number] for number in planned.adapters), default=rows)
+        edits = planned.edits
+        if trained < rows:  # rows that came in later, with a tokenizer or another adapter's tokens
+            edits = tuple(on_first_rows(edit, trained) for edit in edits)
+        return replace(
+            planned,
+            info=replace(info, shape=(rows, *info.shape[1:])),
+            source=ResizedSource(planned.source, rows),
+            edits=edits,
+        )
+
+
+def _are_equal(one: Edit, other: Edit) -> bool:
+    """Whether both do the same; what PEFT saved for both sides of a tied pair stands under two names."""
+    if isinstance(one, ReplaceEdit) and isinstance(other, ReplaceEdit):
+        return one.tensor.same_values(other.tensor)
+    if isinstance(one, WeightedEdit) and isinstance(other, WeightedEdit):
+        return one.weight == other.weight and _are_equal(one.inner, other.inner)
+    if isinstance(one, SharesEdit) and isinstance(other, SharesEdit):
+        return len(one.shares) == len(other.shares) and all(map(_are_equal, one.shares, other.shares))
+    return one == other

@@ -25,7 +25,7 @@ def product_square(left: torch.Tensor, right: torch.Tensor) -> float:
     return float(((left.T @ left).double() * (right @ right.T).double()).sum())
 
 
-def with_magnitude(weight: torch.Tensor, magnitude: torch.Tensor, *, outputs: int) -> torch.Tensor:
-    """`weight` with the vectors along its side `outputs` (0 or 1) scaled to the lengths `magnitude`."""
-    factor: torch.Tensor = magnitude / torch.linalg.vector_norm(weight, dim=1 - outputs)
-    return weight * (factor[:, None] if outputs == 0 else factor[None, :])
+def with_magnitude(weight: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """`weight` [out, in] with its rows scaled to the lengths `magnitude` [out]."""
+    factor: torch.Tensor = magnitude / torch.linalg.vector_norm(weight, dim=1)
+    return weight * factor[:, None]

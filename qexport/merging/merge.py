@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from qexport.checkpoint.finiteness import non_finite_error
+from qexport.checkpoint.finiteness import non_finite_error, require_finite
 from qexport.checkpoint.manifest import Recipe, fingerprint
 from qexport.checkpoint.sharding import PYTORCH, SAFETENSORS, plan_shards
 from qexport.checkpoint.writer import CheckpointWriter
-from qexport.errors import SpecError
+from qexport.errors import NonFiniteError, SpecError
 from qexport.events import Finished, OnEvent, Started, ignore
 from qexport.measure import peak_resident_bytes
 from qexport.merging.adapter import Adapter, open_adapter
 from qexport.merging.base import ChosenBase, choose_base
 from qexport.merging.plan import MergePlan, plan_merge
-from qexport.merging.stream import MergeStream, stream_bytes
+from qexport.merging.stream import MergeStream, PlannedTensor, stream_bytes
 from qexport.results import MergeResult, TensorChange, plain
 from qexport.specs import MergeSpec
 
@@ -72,17 +73,19 @@ def merge(
         sources=[plan.base.checkpoint.path, *(adapter.path for adapter in plan.adapters)],
         on_event=on_event,
     ) as writer:
+        if plan.chat_template:
+            writer.add_text("chat_template.jinja", plan.chat_template)
         on_event(Started("merge", writer.plan.size, "bytes"))
-        stream = MergeStream(writer, device, on_event)
+        stream = MergeStream(writer, device, on_event, partial(_raise_broken, plan))
         stream.run(plan.tensors)
         on_event(Finished())
-        _require_finite(stream, plan)
         for passing in plan.passing:
             passing.remember()
         result = MergeResult(
             Path(out),
             plan.base.checkpoint.path,
             plan.base.precision,
+            plan.vocabulary_rows,
             plan.size,
             len(plan.tensors),
             tuple(
@@ -149,10 +152,20 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _require_finite(stream: MergeStream, plan: MergePlan) -> None:
-    for whose, where in (("base", str(plan.base.checkpoint.path)), ("merged", "the merged model")):
-        if names := stream.broken.get(whose):
-            raise non_finite_error(where, names)
+def _raise_broken(plan: MergePlan, whose: str, planned: PlannedTensor) -> NoReturn:
+    """Raises NonFiniteError for a tensor that is not finite: merged, or in the base, then for all such."""
+    name = planned.info.name
+    if whose == "base":
+        if plan.base.checkpoint.quantization is None:
+            require_finite(plan.base.checkpoint)
+        raise non_finite_error(str(plan.base.checkpoint.path), [name])
+    if planned.info.dtype == torch.float16:
+        raise NonFiniteError(
+            f"the merged model has NaN or infinity in {name}, as float16",
+            expected="weights below 65504",
+            remedy="choose --dtype bfloat16 or float32",
+        )
+    raise non_finite_error("the merged model", [name])
 
 
 def merge_figures(result: MergeResult, adapters: Sequence[Adapter]) -> dict[str, Any]:
@@ -164,6 +177,7 @@ def merge_figures(result: MergeResult, adapters: Sequence[Adapter]) -> dict[str,
             "size_bytes": result.size_bytes,
             "base": str(result.base),
             "base_precision": result.base_precision,
+            "vocabulary_rows": result.vocabulary_rows,
             "adapters": [
                 {"number": n, "path": str(adapter.path), "kind": adapter.kind, "weight": adapter.weight}
                 for n, adapter in enumerate(adapters, start=1)

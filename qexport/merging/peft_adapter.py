@@ -12,6 +12,7 @@ from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.errors import AdapterError
 from qexport.merging.adapter import Adapter
 from qexport.merging.book import EditBook
+from qexport.merging.edits import Loading
 from qexport.merging.peft_layers import PeftLayers
 from qexport.merging.trained import add_trained
 from qexport.modeling.skeleton import build_skeleton
@@ -54,9 +55,9 @@ class PeftEdit:
     checkpoint: Checkpoint = field(repr=False, compare=False)
     whole = True
 
-    def load(self, device: torch.device) -> _PeftChange:
+    def load(self, at: Loading) -> _PeftChange:
         """See `Edit`."""
-        return _PeftChange(self, device)
+        return _PeftChange(self, at.device)
 
 
 def add_by_peft(book: EditBook, checkpoint: Checkpoint, *, trust_remote_code: bool) -> None:
@@ -82,6 +83,7 @@ def add_by_peft(book: EditBook, checkpoint: Checkpoint, *, trust_remote_code: bo
         shared = not name.startswith(tuple(f"{top}." for top, _ in skeleton.model.named_children()))
         if (module is None and not shared) or ".base_layer." in name:
             add_trained(book, name, tensor)
+    _require_whole(adapter, layers.modules)
     for module, layer in layers.modules.items():
         _add_module(book, checkpoint, layers, module, layer)
 
@@ -93,6 +95,30 @@ def _owner(name: str, modules: Mapping[str, Any]) -> str | None:
     return next((prefix for prefix in prefixes if prefix in modules), None)
 
 
+def _require_whole(adapter: Adapter, modules: Mapping[str, Any]) -> None:
+    """Raises AdapterError when a module lacks tensors that its like in other layers has.
+
+    PEFT itself says what each needs when it merges; this is told before the work begins.
+    """
+    held: dict[str, set[str]] = {module: set() for module in modules}
+    for name in adapter.tensors:
+        module = _owner(name, modules)
+        if module is not None and ".base_layer." not in name:
+            held[module].add(name.removeprefix(f"{module}."))
+    if not any(held.values()):
+        return  # what belongs to all of them is all that there is
+    likes: dict[str, set[str]] = {}
+    for module, keys in held.items():
+        likes.setdefault(module.rpartition(".")[2], set()).update(keys)
+    for module, keys in held.items():
+        if missing := sorted(likes[module.rpartition(".")[2]] - keys):
+            raise AdapterError(
+                f"{adapter.path} has no {', '.join(missing)} of {module}, as it has of others",
+                expected="the same tensors for every layer",
+                remedy="the file is not whole: save or download the adapter again",
+            )
+
+
 def _add_module(book: EditBook, checkpoint: Checkpoint, layers: PeftLayers, module: str, layer: Any) -> None:
     names: dict[str, str] = {}
     for leaf, value in layer._parameters.items():
@@ -100,10 +126,10 @@ def _add_module(book: EditBook, checkpoint: Checkpoint, layers: PeftLayers, modu
             continue
         name = book.names.find(module, leaf)
         if name is None:
-            book.stranger(f"{module}.{leaf}")
+            book.stranger(module)
             return
         if book.names.shape(name) != tuple(value.shape):
-            book.fits(name, tuple(value.shape))
+            book.misfit(name, tuple(value.shape))
             return
         names[leaf] = name
     bias = "bias" in names and book.adapter.kind in _CHANGES_BIAS

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from torch import nn
 
 from qexport.errors import AdapterError, MissingDependencyError
 from qexport.merging.adapter import Adapter
+from qexport.merging.settings import by_pattern, matches_whole
 
 PREFIX = "base_model.model."
 # Projections as large as the largest module, or indices dealt out over all modules; nothing of the base
@@ -39,7 +41,13 @@ _SETTLED: dict[str, Any] = {
     "bias": "none",
     "task_type": None,
     "progressbar": False,
+    "megatron_config": None,  # PEFT would import whatever module `megatron_core` names
 }
+# expressions that PEFT matches against the names of all modules, without a limit of time
+_EXPRESSIONS = ("target_modules", "exclude_modules", "feedforward_modules")
+_BY_EXPRESSION = ("rank_pattern", "alpha_pattern", "lambda_pattern")
+_ALL_LINEAR = "all-linear"  # PEFT's word for them, no expression
+_PLAIN_NAME = re.compile(r"[\w.]+")
 
 Modules = Mapping[str, nn.Module]
 
@@ -67,10 +75,35 @@ class PeftLayers:
         try:
             with _quiet():
                 self._config: Any = peft.PeftConfig.from_pretrained(str(adapter.path))
+                self._name_modules(skeleton)
                 names = self._targets(skeleton)
+        except AdapterError:
+            raise
         except Exception as error:  # PEFT raises whatever a config leads it to
             raise AdapterError(f"PEFT does not take {adapter.path}: {_reason(error)}") from error
         self.modules = {name: skeleton.get_submodule(name) for name in names}
+
+    def _name_modules(self, skeleton: nn.Module) -> None:
+        """Puts names of modules in the place of the config's expressions, which may take forever to match."""
+        config, where = self._config, str(self._adapter.path)
+        names = [name for name, _ in skeleton.named_modules() if name]
+        for option in _EXPRESSIONS:
+            pattern = getattr(config, option, None)
+            if isinstance(pattern, str) and pattern.lower() != _ALL_LINEAR:
+                setattr(config, option, {name for name in names if matches_whole(where, pattern, name)})
+        for option in _BY_EXPRESSION:
+            patterns = getattr(config, option, None)
+            if isinstance(patterns, dict) and self._adapter.kind != "ADALORA":  # there they are parameters
+                values = {name: by_pattern(where, patterns, name, None) for name in names}
+                setattr(config, option, {name: v for name, v in values.items() if v is not None})
+        if saved := getattr(config, "modules_to_save", None):
+            pattern = "|".join(saved)
+            found = [name for name in names if matches_whole(where, pattern, name, before=r"(.*\.)?")]
+            config.modules_to_save = [re.escape(name) for name in found]
+        layers = getattr(config, "layers_pattern", None) or ()
+        for pattern in [layers] if isinstance(layers, str) else layers:
+            if not _PLAIN_NAME.fullmatch(pattern):
+                raise AdapterError(f"{where}: layers_pattern is {pattern[:80]!r}", expected="a module's name")
 
     def _targets(self, skeleton: nn.Module) -> list[str]:
         """The names of the modules that PEFT puts this adapter on, in the model's order."""
@@ -157,13 +190,14 @@ class PeftLayers:
         missing = sorted(
             key for key in set(saved) - set(chosen) if key.startswith(concerned) or not key.startswith(PREFIX)
         )
+        for key, given in chosen.items():  # PEFT would take whole numbers for weights; its indices are such
+            if key in saved and saved[key].is_floating_point() and not given.is_floating_point():
+                raise ValueError(f"{key.removeprefix(PREFIX)} holds {given.dtype}; floats")
         result: Any = self._peft.set_peft_model_state_dict(wrapped, chosen)
         strange = list(result.unexpected_keys)
         if missing or strange:
-            raise ValueError(
-                f"the adapter lacks {', '.join(missing[:3]) or 'nothing'} and has "
-                f"{', '.join(strange[:3]) or 'nothing'} too many"
-            )
+            found = [("missing", missing), ("unknown", strange)]
+            raise ValueError("; ".join(f"{what}: {', '.join(keys[:3])}" for what, keys in found if keys))
 
     def _concerns(self, wrapped: Any, key: str) -> bool:
         """Whether state of no module belongs to these: FRoD has a projection for every sort of module."""

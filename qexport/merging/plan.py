@@ -37,6 +37,8 @@ class MergePlan:
     tensors: tuple[PlannedTensor, ...]
     config: Mapping[str, Any]
     sidecars: Mapping[Path, Path]
+    chat_template: str | None
+    vocabulary_rows: tuple[int, int] | None  # before and after, where they differ
     passing: tuple[PassingHash, ...]
 
     @property
@@ -76,25 +78,37 @@ def plan_merge(
         on_event(Noted(chosen.told()))
     names = Names(checkpoint)
     books = [_book(adapter, checkpoint, names, trust_remote_code) for adapter in opened]
-    layout = Layout(checkpoint, books, all_edits(books, spec), spec)
-    sidecars = chosen_sidecars(checkpoint.path, opened, spec.tokenizer, on_event)
+    for book in books:
+        for note in book.notes:
+            on_event(Noted(note))
+    layout = Layout(checkpoint, books, all_edits(books, spec), names, spec)
+    sidecars, template = chosen_sidecars(checkpoint.path, opened, spec.tokenizer, on_event)
     sidecars.pop(Path("quantize_config.json"), None)  # the output is not quantized
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     tensors = layout.tensors()
     if layout.untied_by:
         on_event(Noted(f"tied embeddings: {layout.untied_by}, so that the output is not tied"))
         config = {**_with(config, "tie_word_embeddings", False), "tie_word_embeddings": False}
-    if layout.vocabulary_rows:
-        rows, why = rows_needed(layout.vocabulary_rows, books, sidecars, checkpoint.path)
-        if rows != layout.vocabulary_rows:
-            on_event(Noted(f"vocabulary: {layout.vocabulary_rows} rows become {rows}, for {why}"))
+    resized = None
+    if before := layout.vocabulary_rows:
+        rows, why = rows_needed(before, books, sidecars, checkpoint.path)
+        if rows != before:
+            resized = (before, rows)
+            on_event(Noted(f"vocabulary: {before} rows become {rows}, for {why}"))
             tensors = layout.resized(tensors, rows)
             config = _with(config, "vocab_size", rows)
     if spec.dtype:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config = _with({**config, key: spec.dtype}, key, spec.dtype)
     return MergePlan(
-        chosen, opened, tuple(tensors), with_rope_scaling(config, spec), sidecars, layout.passing
+        base=chosen,
+        adapters=opened,
+        tensors=tuple(tensors),
+        config=with_rope_scaling(config, spec),
+        sidecars=sidecars,
+        chat_template=template,
+        vocabulary_rows=resized,
+        passing=layout.passing,
     )
 
 
@@ -111,6 +125,8 @@ def _require_unmerged(base: Path, adapters: Sequence[Adapter]) -> None:
     marks = [fingerprint(adapter.path) for adapter in adapters]
     held = merged_before(base)
     for n, (adapter, mark) in enumerate(zip(adapters, marks, strict=True)):
+        if adapter.weight is not None and adapter.weight < 0:
+            continue  # taking a change back is what was asked for
         if mark in held or mark in marks[:n]:
             where = f"merged into {base} already" if mark in held else "named twice"
             raise AdapterError(

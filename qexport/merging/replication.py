@@ -60,7 +60,7 @@ def _sources(adapter: Adapter, depth: int) -> list[int]:
         if (
             not isinstance(pair, list)
             or len(pair) != 2
-            or not all(isinstance(n, int) for n in pair)
+            or not all(type(n) is int for n in pair)
             or not 0 <= pair[0] < pair[1] <= depth
         ):
             raise AdapterError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,8 @@ def with_rope_scaling(config: Mapping[str, Any], spec: MergeSpec) -> dict[str, A
         raise SpecError(
             "--rope-scaling and --rope-factor belong together", expected="--rope-scaling yarn --rope-factor 4"
         )
+    if not math.isfinite(spec.rope_factor):
+        raise SpecError(f"--rope-factor {spec.rope_factor}", expected="a finite number")
     if isinstance(config.get("text_config"), dict):
         return {**config, "text_config": with_rope_scaling(config["text_config"], spec)}
     length = config.get("max_position_embeddings")
@@ -46,7 +49,7 @@ def with_rope_scaling(config: Mapping[str, Any], spec: MergeSpec) -> dict[str, A
             expected="one for all layers",
         )
     present = config.get("rope_scaling") or parameters or {}
-    kind = present.get("rope_type", present.get("type", "default"))
+    kind = present.get("rope_type", present.get("type", "default")) if isinstance(present, dict) else present
     if kind != "default":
         raise SpecError(f"--rope-scaling: the base is scaled already ({kind})", expected="an unscaled base")
     scaled: dict[str, Any] = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,9 @@ from qexport.merging.lora import lora_scale
 
 _PLAIN_NAME = re.compile(r"[\w.]+")
 _PATTERN_SECONDS = 0.1
+_SHOWN = 80
+_NO_RANK = 1 << 31
+_NO_NUMBER = 1e38
 # initialisations that leave the base as it was
 _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # variants whose arithmetic is PEFT's to do
@@ -35,15 +38,14 @@ class LoraSettings:
     alphas: Mapping[str, Any]
     rank_stabilized: bool
     dora: bool
-    transposed: bool
 
     def rank_of(self, module: str) -> int:
         """The rank of a module: `rank_pattern`, or `r`."""
-        return _whole(self.where, "rank_pattern", _by_pattern(self.where, self.ranks, module, self.rank))
+        return _whole(self.where, "rank_pattern", by_pattern(self.where, self.ranks, module, self.rank))
 
     def scale_of(self, module: str) -> float:
         """The factor of B A: `alpha_pattern`, or `lora_alpha`, over the rank."""
-        alpha = _number(self.where, "alpha_pattern", _by_pattern(self.where, self.alphas, module, self.alpha))
+        alpha = _number(self.where, "alpha_pattern", by_pattern(self.where, self.alphas, module, self.alpha))
         return lora_scale(alpha, self.rank_of(module), rank_stabilized=self.rank_stabilized)
 
 
@@ -58,7 +60,9 @@ def lora_settings(adapter: Adapter) -> LoraSettings:
     patterns = {name: config.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
         if not isinstance(pattern, dict):
-            raise AdapterError(f"{where}: {name} is no object of names and numbers")
+            raise AdapterError(
+                f"{where}: {name} is {reprlib.repr(pattern)}", expected="an object of names and numbers"
+            )
     return LoraSettings(
         where,
         _whole(where, "r", config.get("r")),
@@ -67,7 +71,6 @@ def lora_settings(adapter: Adapter) -> LoraSettings:
         patterns["alpha_pattern"],
         rank_stabilized=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
-        transposed=bool(config.get("fan_in_fan_out")),
     )
 
 
@@ -82,18 +85,19 @@ def is_plain_lora(adapter: Adapter) -> bool:
 
 
 def _whole(where: str, key: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise AdapterError(f"{where}: {key} is {value!r}", expected="a rank of 1 or more")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _NO_RANK:
+        raise AdapterError(f"{where}: {key} is {reprlib.repr(value)}", expected="a rank of 1 or more")
     return value
 
 
 def _number(where: str, key: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise AdapterError(f"{where}: {key} is {value!r}", expected="a number")
+    # fp32, in which the products are made, holds no larger one
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < _NO_NUMBER:
+        raise AdapterError(f"{where}: {key} is {reprlib.repr(value)}", expected="a number")
     return float(value)
 
 
-def _by_pattern(where: str, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+def by_pattern(where: str, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The first pattern that matches the whole name, or its end after a dot (PEFT, get_pattern_key)."""
     for pattern, value in patterns.items():
         if _matches(where, pattern, module):
@@ -105,15 +109,23 @@ def _matches(where: str, pattern: str, module: str) -> bool:
     if _PLAIN_NAME.fullmatch(pattern):
         # as a regular expression each dot stands for any character; in real names it stands for itself
         return module == pattern or module.endswith(f".{pattern}")
+    return matches_whole(where, pattern, module, before=r"(.*\.)?")
+
+
+def matches_whole(where: str, pattern: str, text: str, *, before: str = "") -> bool:
+    """Whether an expression out of an adapter's config, or `before` and it, matches all of `text`.
+
+    Raises AdapterError when it is none, or takes too long.
+    """
     import regex  # its matches can be timed out: the expression comes out of a downloaded file
 
     try:
-        return bool(regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS))
-    except (regex.error, TimeoutError) as error:
+        return bool(regex.fullmatch(f"{before}({pattern})", text, timeout=_PATTERN_SECONDS))
+    except (regex.error, TimeoutError, RecursionError, OverflowError) as error:
+        shown = f"{where}: the pattern {pattern[:_SHOWN]!r}"
         raise AdapterError(
-            f"{where}: the pattern {pattern!r} "
-            + (
-                "takes too long" if isinstance(error, TimeoutError) else f"is no regular expression ({error})"
-            ),
+            f"{shown} takes too long"
+            if isinstance(error, TimeoutError)
+            else f"{shown} is no regular expression ({error})",
             expected="names of modules, or expressions that match them",
         ) from error

@@ -11,7 +11,6 @@ import torch
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.hashing import PassingHash
 from qexport.checkpoint.safetensors_file import StoredTensor, byte_view, read_into, read_rows, read_tensor
-from qexport.merging.edits import ReplaceEdit
 
 _CHUNK_ROWS = 4096
 
@@ -34,6 +33,9 @@ class Source(Protocol):
     def rows(self, begin: int, end: int) -> torch.Tensor:
         """Rows in memory of their own, dtype as told, or fp32 where it was decoded."""
 
+    def silent_rows(self, begin: int, end: int) -> torch.Tensor:
+        """The same, out of turn: nobody who listens to the bytes hears of it."""
+
 
 @dataclass(frozen=True)
 class StoredSource:
@@ -55,7 +57,7 @@ class StoredSource:
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
         """See `Source`."""
-        values = self.tensor_rows(begin, end)
+        values = self.silent_rows(begin, end)
         self._tell(begin, values)
         return values
 
@@ -73,8 +75,8 @@ class StoredSource:
             width = self.tensor.size // max(self.tensor.shape[0], 1) if self.tensor.shape else 0
             self.passing.add(self.tensor.offset + begin * width, byte_view(values))
 
-    def tensor_rows(self, begin: int, end: int) -> torch.Tensor:
-        """The same, unheard."""
+    def silent_rows(self, begin: int, end: int) -> torch.Tensor:
+        """See `Source`."""
         return read_rows(self.tensor, begin, end) if self.tensor.shape else read_tensor(self.tensor)
 
 
@@ -96,23 +98,9 @@ class DecodedSource:
         """See `Source`."""
         return self.checkpoint.read(self.name)[begin:end]
 
-
-@dataclass(frozen=True)
-class GivenSource:
-    """What an adapter's file says the base was."""
-
-    edit: ReplaceEdit
-    dtype: torch.dtype
-    whole = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
+    def silent_rows(self, begin: int, end: int) -> torch.Tensor:
         """See `Source`."""
-        return self.edit.tensor.shape
-
-    def rows(self, begin: int, end: int) -> torch.Tensor:
-        """See `Source`."""
-        return self.edit.tensor.rows(begin, end)
+        return self.rows(begin, end)
 
 
 @dataclass(frozen=True)
@@ -145,16 +133,25 @@ class ResizedSource:
     def _mean(self) -> torch.Tensor:
         total = torch.zeros(self.inner.shape[1:], dtype=torch.float64)
         rows = self.inner.shape[0]
-        for begin in range(0, rows, _CHUNK_ROWS):
-            total += self.inner.rows(begin, min(begin + _CHUNK_ROWS, rows)).double().sum(dim=0)
+        step = rows if self.inner.whole else _CHUNK_ROWS
+        for begin in range(0, rows, step):
+            total += self.inner.silent_rows(begin, min(begin + step, rows)).double().sum(dim=0)
         return total / rows
 
     def rows(self, begin: int, end: int) -> torch.Tensor:
         """See `Source`."""
         old = min(end, self.inner.shape[0])
-        kept = self.inner.rows(begin, old) if begin < old else None
+        return self._grown(self.inner.rows(begin, old) if begin < old else None, begin, end)
+
+    def silent_rows(self, begin: int, end: int) -> torch.Tensor:
+        """See `Source`."""
+        old = min(end, self.inner.shape[0])
+        return self._grown(self.inner.silent_rows(begin, old) if begin < old else None, begin, end)
+
+    def _grown(self, kept: torch.Tensor | None, begin: int, end: int) -> torch.Tensor:
         if kept is not None and len(kept) == end - begin:
             return kept
         dtype = self.dtype if kept is None else kept.dtype
-        added = self._mean.to(dtype).expand(end - max(begin, old), *self.inner.shape[1:])
+        missing = end - begin - (0 if kept is None else len(kept))
+        added = self._mean.to(dtype).expand(missing, *self.inner.shape[1:])
         return added.clone() if kept is None else torch.cat([kept, added])

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
+from typing import NoReturn
 
 import torch
 
@@ -20,7 +22,7 @@ from qexport.checkpoint.overlap import Overlap
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.events import Advanced, OnEvent
-from qexport.merging.edits import Change, Edit, forget_shared, in_one
+from qexport.merging.edits import Change, Edit, Loading, forget_shared, in_one
 from qexport.merging.sources import Source, StoredSource
 
 PIECE_BYTES = 1 << 21
@@ -76,10 +78,31 @@ class Changed:
 
 @dataclass
 class _Job:
-    """A tensor on its way: its edits, loaded when its first piece is read."""
+    """A tensor on its way: its edits, loaded by whoever changes a piece of it first."""
 
     planned: PlannedTensor
-    changes: tuple[Change, ...] = ()
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    changes: tuple[Change, ...] | None = None
+
+    def loaded(self, device: torch.device) -> tuple[Change, ...]:
+        """Its edits, ready to be applied."""
+        with self.lock:
+            if self.changes is None:
+                changes: list[Change] = []
+                for edit in self.planned.edits:
+                    rows = partial(self._rows, device, tuple(changes))
+                    changes.append(edit.load(Loading(device, rows)))
+                self.changes = in_one(changes)
+            return self.changes
+
+    def _rows(self, device: torch.device, changes: Sequence[Change]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The tensor's rows with some of its changes, from the front to the end."""
+        planned = self.planned
+        for begin, end in _ranges(planned):
+            rows = planned.source.silent_rows(begin, end).to(device, torch.float32, copy=True)
+            for change in changes:
+                rows = change.apply(rows, begin)
+            yield begin, rows
 
 
 @dataclass(frozen=True)
@@ -137,14 +160,17 @@ class _Buffers:
 
 @dataclass
 class MergeStream:
-    """Writes planned tensors. `changed` then tells of each that an adapter touched; `broken`, by whether
-    the base or only the merged model has them, names those with NaN or infinity."""
+    """Writes planned tensors; `changed` then tells of each that an adapter touched.
+
+    `on_broken` hears of a tensor with NaN or infinity, and whether it is the base's or the merged one's;
+    it raises.
+    """
 
     writer: CheckpointWriter
     device: torch.device
     on_event: OnEvent
+    on_broken: Callable[[str, PlannedTensor], NoReturn]
     changed: dict[str, Changed] = field(default_factory=dict)
-    broken: dict[str, list[str]] = field(default_factory=dict)
     _buffers: _Buffers = field(default_factory=_Buffers)
 
     def run(self, tensors: Sequence[PlannedTensor]) -> None:
@@ -166,11 +192,8 @@ class MergeStream:
             forget_shared()
 
     def _read(self, piece: _Piece) -> _Read:
-        job = piece.job
-        if piece.begin == 0 and job.planned.edits:
-            job.changes = in_one([edit.load(self.device) for edit in job.planned.edits])
-        source = job.planned.source
-        if not isinstance(source, StoredSource) or job.planned.whole or not source.shape:
+        planned, source = piece.job.planned, piece.job.planned.source
+        if not isinstance(source, StoredSource) or planned.whole or not source.shape:
             return _Read(source.rows(piece.begin, piece.end))
         buffer = self._buffers.take(piece.bytes)
         return _Read(source.rows_in(buffer, piece.begin, piece.end), buffer)
@@ -197,8 +220,7 @@ class MergeStream:
         planned = piece.job.planned
         name = planned.info.name
         if outcome.bad:
-            names = self.broken.setdefault(outcome.bad, [])
-            names.extend([] if name in names else [name])
+            self.on_broken(outcome.bad, planned)
         self.writer.write_piece(
             name, piece.begin * planned.row_values * planned.info.dtype.itemsize, outcome.values
         )
@@ -209,16 +231,22 @@ class MergeStream:
         self.on_event(Advanced(outcome.values.nbytes, name))
         self._buffers.give(outcome.buffer)
         if piece.end == planned.rows:
-            piece.job.changes = ()
+            piece.job.changes = ()  # the adapter's factors are free
 
 
 def _pieces(tensors: Sequence[PlannedTensor]) -> Iterator[_Piece]:
     for planned in tensors:
         job = _Job(planned)
-        width = planned.row_values * planned.source.dtype.itemsize
-        step = planned.rows if planned.whole else max(PIECE_BYTES // max(width, 1), 1)
-        for begin in range(0, planned.rows, max(step, 1)):
-            yield _Piece(job, begin, min(begin + step, planned.rows))
+        for begin, end in _ranges(planned):
+            yield _Piece(job, begin, end)
+
+
+def _ranges(planned: PlannedTensor) -> Iterator[tuple[int, int]]:
+    """The rows of each piece: all of them where it must be so."""
+    width = planned.row_values * planned.source.dtype.itemsize
+    step = planned.rows if planned.whole else max(PIECE_BYTES // max(width, 1), 1)
+    for begin in range(0, planned.rows, max(step, 1)):
+        yield begin, min(begin + step, planned.rows)
 
 
 def stream_bytes(tensors: Sequence[PlannedTensor]) -> int:
@@ -240,7 +268,7 @@ def _tile(size: int, device: torch.device) -> torch.Tensor:
 
 def _apply(piece: _Piece, raw: torch.Tensor, outcome: _Outcome, device: torch.device) -> None:
     """Changes the rows of a piece into the outcome's, which may be the same memory, and measures it."""
-    planned, changes = piece.job.planned, piece.job.changes
+    planned, changes = piece.job.planned, piece.job.loaded(device)
     known = _known_delta(changes)
     rows, written = raw.reshape(-1, *raw.shape[1:]), outcome.values.reshape(-1, *raw.shape[1:])
     step = len(rows) if planned.whole else max(_TILE_VALUES // max(planned.row_values, 1), 1)

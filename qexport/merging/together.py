@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from qexport.errors import AdapterError, SpecError
 from qexport.merging.adapter import Adapter
-from qexport.merging.book import EditBook
+from qexport.merging.book import EditBook, replaces_rows
 from qexport.merging.combine import Combining, Pair, combine
 from qexport.merging.edits import (
     AddLowRank,
     BiasEdit,
-    BlendEdit,
     Edit,
     ExpertEdit,
     FusedExpertsEdit,
+    Loading,
     LoraEdit,
     ReplaceEdit,
+    SharesEdit,
     TokensEdit,
     WeightedEdit,
 )
@@ -43,15 +44,25 @@ def all_edits(books: Sequence[EditBook], spec: MergeSpec) -> dict[str, list[Edit
 
 def _in_turn(name: str, books: Sequence[EditBook]) -> list[Edit]:
     edits: list[Edit] = []
+    shares: list[WeightedEdit] = []  # of the base's change, not of what came before: they come first
     before: list[EditBook] = []
     for book in books:
-        mine = book.edits.get(name, [])
+        mine, weight = book.edits.get(name, []), book.adapter.weight
         if mine:
             for other in before:
                 _require_no_conflict(name, other, book)
             before.append(book)
-        edits += [_weighted(edit, book.adapter.weight) for edit in mine]
-    return _blended(edits)
+        for edit in mine:
+            if weight is not None and (_replaces(edit, book) or isinstance(edit, TokensEdit)):
+                shares.append(WeightedEdit(edit, weight))
+            else:
+                edits.append(_weighted(edit, weight))
+    return [SharesEdit(tuple(shares)), *edits] if len(shares) > 1 else [*shares, *edits]
+
+
+def _replaces(edit: Edit, book: EditBook) -> bool:
+    """Whether all that was there is gone: LN tuning, too, trains a copy of the norm."""
+    return isinstance(edit, ReplaceEdit) or book.adapter.kind == "LN_TUNING"
 
 
 def _require_no_conflict(name: str, one: EditBook, other: EditBook) -> None:
@@ -60,9 +71,9 @@ def _require_no_conflict(name: str, one: EditBook, other: EditBook) -> None:
         return  # shares of both were asked for
     rows = {row for e in one.edits[name] if isinstance(e, TokensEdit) for row in e.indices}
     for edit in other.edits[name]:
-        undone = isinstance(edit, ReplaceEdit) or (
+        undone = _replaces(edit, other) or (
             isinstance(edit, TokensEdit)
-            and (bool(rows & set(edit.indices)) or any(isinstance(e, ReplaceEdit) for e in one.edits[name]))
+            and (not replaces_rows(one.edits[name]) or bool(rows & set(edit.indices)))
         )
         if undone:
             raise AdapterError(
@@ -73,21 +84,13 @@ def _require_no_conflict(name: str, one: EditBook, other: EditBook) -> None:
 
 
 def _weighted(edit: Edit, weight: float | None) -> Edit:
-    if weight is None or weight == 1:
+    if weight is None:
         return edit
     if isinstance(edit, (LoraEdit, FusedExpertsEdit, BiasEdit)):
         return replace(edit, scale=edit.scale * weight)
     if isinstance(edit, ExpertEdit):
         return replace(edit, fused=replace(edit.fused, scale=edit.fused.scale * weight))
     return WeightedEdit(edit, weight)
-
-
-def _blended(edits: list[Edit]) -> list[Edit]:
-    """Shares of several replacements are shares of the base's change, not of each other's result."""
-    shares = [e for e in edits if isinstance(e, WeightedEdit) and isinstance(e.inner, ReplaceEdit)]
-    if len(shares) < 2:
-        return edits
-    return [BlendEdit(tuple(shares)), *(edit for edit in edits if edit not in shares)]
 
 
 def require_combinable(adapters: Sequence[Adapter], spec: MergeSpec) -> None:
@@ -120,20 +123,30 @@ def require_combinable(adapters: Sequence[Adapter], spec: MergeSpec) -> None:
 
 @dataclass(frozen=True)
 class CombinedEdit:
-    """One LoRA out of several adapters' (`combine`), on a matrix [out, in] or its transpose."""
+    """One LoRA out of several adapters' (`combine`), on a matrix [out, in] or its transpose.
 
-    name: str
+    Two of the same pairs are equal whatever their names: the sides of a tied pair.
+    """
+
+    name: str = field(compare=False)
     pairs: tuple[tuple[LoraEdit, float], ...]
     how: Combining
     seed: int
-    whole = False
 
-    def load(self, device: torch.device) -> AddLowRank:
+    @property
+    def whole(self) -> bool:
+        """A product is decomposed as a whole, whatever becomes of the tensor's rows."""
+        return self.how.method.endswith("_svd")
+
+    def load(self, at: Loading) -> AddLowRank:
         """See `Edit`. What DARE drops depends on the seed and the tensor's name alone."""
         digest = hashlib.sha256(f"{self.seed} {self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        pairs = [Pair(e.a.read().float(), e.b.read().float(), e.scale, weight) for e, weight in self.pairs]
-        a, b = (factor.to(device) for factor in combine(pairs, self.how, generator))
+        pairs = [
+            Pair(e.a.read().float().to(at.device), e.b.read().float().to(at.device), e.scale, weight)
+            for e, weight in self.pairs
+        ]
+        a, b = combine(pairs, self.how, generator)
         left, right = (a.T, b.T) if self.pairs[0][0].transposed else (b, a)
         return AddLowRank(left.contiguous(), right.contiguous(), 1.0)
 
@@ -153,10 +166,12 @@ def _combined(name: str, books: Sequence[EditBook], spec: MergeSpec) -> Combined
             pairs.append((edit, weight))
     assert spec.combine is not None  # noqa: S101 - the caller asked
     largest = [_largest_rank(book.adapter) for book in books]
-    if spec.combine not in ("cat", "svd") and not spec.combine.endswith("_svd") and len(set(largest)) > 1:
+    by_factors = spec.combine not in ("cat", "svd") and not spec.combine.endswith("_svd")
+    ranks = largest if len(set(largest)) > 1 else [edit.a.shape[0] for edit, _ in pairs]
+    if by_factors and len(set(ranks)) > 1:
         raise AdapterError(
-            f"--combine {spec.combine} needs adapters of one rank, these have "
-            + ", ".join(map(str, largest)),
+            f"--combine {spec.combine} needs adapters of one rank, these have {', '.join(map(str, ranks))}"
+            + ("" if ranks is largest else f" on {name}"),
             remedy="choose cat, svd or a *_svd combination",
         )
     how = Combining(spec.combine, spec.svd_rank or max(largest), spec.density or 1.0, spec.majority_sign)

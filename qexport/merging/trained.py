@@ -9,9 +9,10 @@ from qexport.errors import AdapterError
 from qexport.merging.adapter import AdapterTensor
 from qexport.merging.book import EditBook
 from qexport.merging.edits import ReplaceEdit, TokensEdit
+from qexport.merging.settings import is_plain_lora
 
 _TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
-_COPY = re.compile(r"(?P<module>.+)\.base_layer\.(?P<leaf>weight|bias)")
+_COPY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<leaf>weight|bias)")
 _SAVED = re.compile(r"(?P<module>.+?)(?:\.modules_to_save(?:\.[^.]+)?)?\.(?P<leaf>[^.]+)")
 # what some trainers save beside the trained values: what was there before
 _ORIGINAL = re.compile(r".+\.original_module\..+|.+\.trainable_tokens_original(\..+)?")
@@ -26,21 +27,44 @@ def add_trained(book: EditBook, name: str, tensor: AdapterTensor) -> None:
     elif match := _COPY.fullmatch(name):
         # PEFT saves the base's own matrix along when an embedding or the output head is adapted: it
         # matters when the vocabulary was resized. In a tied model both names mean the same matrix.
-        _replace(book, match["module"], match["leaf"], tensor, own=False)
+        if not _is_residual(book, match["module"], tensor):
+            _replace(book, match["module"], match["leaf"], tensor, own=False)
     elif match := _SAVED.fullmatch(name):
         config = book.adapter.config
         saved = [str(module) for module in config.get("modules_to_save") or ()]
         own = any(match["module"].endswith(module) for module in saved)
+        if book.keeps_tie(match["module"]):  # PEFT saves the one trained matrix under both names
+            own = own or any(map(book.keeps_tie, saved))
         _replace(book, match["module"], match["leaf"], tensor, own=own)
     else:
         book.stranger(name)
+
+
+def _is_residual(book: EditBook, module: str, tensor: AdapterTensor) -> bool:
+    """Whether it is what an initialisation such as PiSSA's left of the base, which is taken from it anew.
+
+    Raises AdapterError where the base that it was taken from is not to be had.
+    """
+    adapter, name = book.adapter, book.names.find(module)
+    init = adapter.config.get("init_lora_weights")
+    changed = adapter.config.get("kasa_config") or (isinstance(init, str) and not is_plain_lora(adapter))
+    if adapter.kind != "LORA" or not changed or name is None:
+        return False
+    if len(book.sides(name)) == 2 or tensor.shape != book.names.shape(name):
+        raise AdapterError(
+            f"{adapter.path} holds what its initialisation ({init}) left of {name}, which is tied or "
+            "was resized",
+            expected="an adapter that was saved converted to plain LoRA",
+            remedy="save it converted: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)",
+        )
+    return True
 
 
 def _replace(book: EditBook, module: str, leaf: str, tensor: AdapterTensor, *, own: bool) -> None:
     """A module's `own` trained tensor; else, of a vocabulary, the base's own as it was when it was saved."""
     name = book.names.find(module, leaf)
     if name is None:
-        book.stranger(f"{module}.{leaf}")
+        book.stranger(module if leaf == "weight" else f"{module}.{leaf}")
     elif not tensor.dtype.is_floating_point:
         raise AdapterError(f"{book.adapter.path}: {tensor.name} holds {tensor.dtype}", expected="floats")
     elif book.fits(name, tensor.shape):
@@ -58,6 +82,8 @@ def _add_tokens(book: EditBook, module: str, tensor: AdapterTensor) -> None:
         return
     by_module = _token_indices(book)
     indices = next((found for target, found in by_module.items() if module.endswith(target)), ())
+    if not indices and len(by_module) == 1 and len(book.sides(name)) == 2:
+        indices = next(iter(by_module.values()))  # the head's are the embedding's, which alone is named
     expected = (len(indices), *book.names.shape(name)[1:])
     if tensor.shape != expected or not indices:
         raise AdapterError(

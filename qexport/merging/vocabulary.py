@@ -33,8 +33,10 @@ def tokenizer_files(directory: Path) -> dict[Path, Path]:
 
 def chosen_sidecars(
     base: Path, adapters: Sequence[Adapter], wanted: str | None, on_event: OnEvent
-) -> dict[Path, Path]:
+) -> tuple[dict[Path, Path], str | None]:
     """The small files of the output: the base's, with the adapter's tokenizer where it brings one.
+
+    The text beside them is a chat template that has to become a file of its own, or None.
 
     `wanted` is "base", "adapter" or None, the adapter's if there. Raises AdapterError when no adapter
     brings one that was asked for, and when two bring different ones.
@@ -49,7 +51,7 @@ def chosen_sidecars(
                 "--tokenizer adapter, but no adapter brings a tokenizer",
                 expected=f"files such as {_TOKENIZER_FILES[0]} beside {adapters[0].path}",
             )
-        return files
+        return files, None
     path, found = next(iter(brought.items()))
     for other, others in brought.items():
         if not _same(found, others):
@@ -58,24 +60,35 @@ def chosen_sidecars(
                 remedy="choose --tokenizer base, or merge one after the other",
             )
     if all(name in own and _same_file(place, own[name]) for name, place in found.items()):
-        return files
+        return files, None
     if not any(name.name in _TOKENIZER_FILES for name in found):
         on_event(Noted(f"chat template: {', '.join(map(str, found))} of {path}, tokenizer: the base's"))
-        return {**files, **found}
+        return {**files, **found}, None
     kept = {name: place for name, place in files.items() if name not in own}
-    template = {name: place for name, place in own.items() if name.name in _CHAT}
-    if template and not _has_template(found):
+    template = None
+    if not _has_template(found) and _has_template(own):
         on_event(Noted(f"{path} brings a tokenizer without a chat template: the base's template is kept"))
-        kept |= template
+        kept |= {name: place for name, place in own.items() if name.name in _CHAT}
+        if not any(name.name in _CHAT for name in own):
+            template = _template_in_config(own)
     on_event(Noted(f"tokenizer and chat template: those of {path}, which differ from the base's"))
-    return {**kept, **found}
+    return {**kept, **found}, template
+
+
+def _template_in_config(files: Mapping[Path, Path]) -> str | None:
+    """The chat template that stands in tokenizer_config.json, as older versions of transformers wrote it."""
+    config = files.get(Path("tokenizer_config.json"))
+    found = read_json(config).get("chat_template") if config else None
+    if isinstance(found, list):  # several, by name
+        named = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) and found else None
 
 
 def _has_template(files: Mapping[Path, Path]) -> bool:
     if any(name.suffix == ".jinja" or name.name in _CHAT for name in files):
         return True
-    config = files.get(Path("tokenizer_config.json"))
-    return config is not None and "chat_template" in read_json(config)
+    return _template_in_config(files) is not None
 
 
 def _same(one: Mapping[Path, Path], other: Mapping[Path, Path]) -> bool:
@@ -116,14 +129,10 @@ def rows_needed(
         if book.least_rows > needed:
             needed, reason = book.least_rows, f"{book.adapter.path} trained the token {book.least_rows - 1}"
     largest = _largest_id(sidecars)
-    if largest >= needed and sidecars.keys() and not _is_from(sidecars, base):
+    # some tokenizers have ids that their model has no rows for, and never uses
+    if largest >= needed and largest > _largest_id(tokenizer_files(base)):
         needed, reason = largest + 1, f"the adapter's tokenizer gives ids up to {largest}"
     return needed, reason
-
-
-def _is_from(sidecars: Mapping[Path, Path], base: Path) -> bool:
-    """Whether the tokenizer is the base's own, whatever the base makes of ids that it has no rows for."""
-    return all(base in place.parents for name, place in sidecars.items() if _is_tokenizer_file(name))
 
 
 def _largest_id(sidecars: Mapping[Path, Path]) -> int:
