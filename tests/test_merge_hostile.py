@@ -490,8 +490,8 @@ def test_a_config_imports_nothing(llama: Path, tmp_path: Path, monkeypatch: pyte
         ([3, 7, 9], "the trained rows of model.embed_tokens are [2, 128]; [3, 128]"),
         ([], "names no token indices that could be"),
         ({"a": [3, 7], "b": [5]}, "the trained rows of model.embed_tokens are [2, 128]"),
-        ([3, 10**15], "needs"),
-        ([3, 10**30], "needs"),
+        ([3, 10**15], "nor the tokenizer has"),
+        ([3, 10**30], "nor the tokenizer has"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -225,3 +225,43 @@ def test_products_on_a_gpu(architecture: str, kind: str, tmp_path: Path) -> None
     cpu, cuda = (load_file(tmp_path / device / "model.safetensors") for device in ("cpu", "cuda"))
     for name, tensor in cpu.items():
         torch.testing.assert_close(cuda[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_change_beyond_the_range_of_bf16(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = tiny_adapter(tmp_path / "adapter", base)
+    held = load_file(adapter / "adapter_model.safetensors")
+    edit_adapter(adapter, **{n: torch.full_like(t, 1e16) for n, t in held.items() if "lora_A" in n})
+    edit_json(adapter / "adapter_config.json", lora_alpha=1e26)
+    with pytest.raises(NonFiniteError, match="the merged model has NaN or infinity"):
+        qexport.merge(base, [adapter], tmp_path / "out")
+
+
+def test_magnitudes_and_biases_of_another_length(tmp_path: Path) -> None:
+    base = BASES["qwen2"](tmp_path / "base")
+    for kind, key in (("dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        adapter = make_adapter(kind, base, tmp_path / kind)
+        held = load_file(adapter / "adapter_model.safetensors")
+        edit_adapter(adapter, **{next(n for n in held if n.endswith(key)): torch.ones(1)})
+        with pytest.raises(AdapterError, match=r"is \[1\]; a number for each of the"):
+            qexport.merge(base, [adapter], tmp_path / "out")
+
+
+def test_trained_tokens_that_cannot_be(tmp_path: Path) -> None:
+    base = BASES["llama"](tmp_path / "base")
+    adapter = make_adapter("token_indices", base, tmp_path / "adapter")
+    first, *others = json.loads((adapter / "adapter_config.json").read_text())["trainable_token_indices"]
+    edit_json(adapter / "adapter_config.json", trainable_token_indices=[others[0], *others])
+    with pytest.raises(AdapterError, match="different tokens; floats, a row for each of 3"):
+        qexport.merge(base, [adapter], tmp_path / "out")
+    edit_json(adapter / "adapter_config.json", trainable_token_indices=[5000, *others])
+    with pytest.raises(
+        AdapterError, match="trained the token 5000, which neither the base with its 320 rows"
+    ):
+        qexport.merge(base, [adapter], tmp_path / "out")
+    edit_json(adapter / "adapter_config.json", trainable_token_indices=[first, *others])
+    held = load_file(adapter / "adapter_model.safetensors")
+    name = next(n for n in held if "trainable_tokens" in n)
+    edit_adapter(adapter, **{name: held[name].int()})
+    with pytest.raises(AdapterError, match=r"are torch\.int32, of 3 different tokens"):
+        qexport.merge(base, [adapter], tmp_path / "out")

@@ -343,7 +343,10 @@ def test_nan_in_a_quantized_base_is_the_bases(
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("nameless", [True, False], ids=["dequantize", "full"])
+@pytest.mark.parametrize(
+    "nameless",
+    [pytest.param(True, id="dequantize"), pytest.param(False, id="full", marks=pytest.mark.slow)],
+)
 def test_an_export_of_a_quantized_base_stands_the_second_time(
     quantized: Path, lora: Path, llama: Path, tmp_path: Path, nameless: bool
 ) -> None:

@@ -82,7 +82,7 @@ class EditBook:
         found = self.names.shape(name)
         if tuple(shape) == found:
             return True
-        if not self.names.is_vocabulary(name) or tuple(shape[1:]) != found[1:]:
+        if not self.names.is_vocabulary(name) or tuple(shape[1:]) != found[1:] or not shape[0]:
             self.misfit(name, shape)
             return False
         if self.rows not in (None, shape[0]):

@@ -199,6 +199,12 @@ def _add_module(book: EditBook, settings: LoraSettings, module: str, parts: _Par
     wanted = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
     if not book.fits(name, wanted):
         return
+    for vector in (parts.magnitude, parts.bias):
+        if vector is not None and vector.numel != b.shape[0]:
+            raise AdapterError(
+                f"{adapter.path}: {vector.name} is {list(vector.shape)}",
+                expected=f"a number for each of the {b.shape[0]} outputs",
+            )
     edit = LoraEdit(a, b, settings.scale_of(module), transposed)
     both = book.keeps_tie(module)
     if parts.magnitude is not None and not settings.dora:

@@ -29,6 +29,7 @@ PIECE_BYTES = 1 << 21
 ROOM_BYTES = 1 << 26
 _TILE_VALUES = 1 << 18  # 1 MiB of fp32: half of a usual second-level cache
 _MAX_WORKERS = 4
+_SAFE_SQUARE = 1e60  # sums of squares below it hold no value near the end of fp32's and bf16's range
 _WHOLE_WIDTH = 16  # bytes a value of a tensor that is held whole: itself, its change and its copies
 
 
@@ -291,7 +292,8 @@ def _apply(piece: _Piece, raw: torch.Tensor, outcome: _Outcome, device: torch.de
     if known is not None and piece.begin == 0:
         outcome.delta_square = known
     narrow = planned.info.dtype == torch.float16  # a finite fp32 may not be one in fp16
-    if not outcome.bad and (narrow or not math.isfinite(outcome.delta_square)):
+    small = outcome.base_square < _SAFE_SQUARE and (known or outcome.delta_square) < _SAFE_SQUARE
+    if not outcome.bad and (narrow or not small):
         outcome.bad = "" if is_finite(outcome.values) else "merged"
 
 

@@ -85,6 +85,12 @@ def _add_tokens(book: EditBook, module: str, tensor: AdapterTensor) -> None:
     if not indices and len(by_module) == 1 and len(book.sides(name)) == 2:
         indices = next(iter(by_module.values()))  # the head's are the embedding's, which alone is named
     expected = (len(indices), *book.names.shape(name)[1:])
+    if not tensor.dtype.is_floating_point or len(set(indices)) != len(indices):
+        raise AdapterError(
+            f"{book.adapter.path}: the trained rows of {module} are {tensor.dtype}, of "
+            f"{len(set(indices))} different tokens",
+            expected=f"floats, a row for each of {len(indices)} tokens",
+        )
     if tensor.shape != expected or not indices:
         raise AdapterError(
             f"{book.adapter.path}: the trained rows of {module} are {list(tensor.shape)}",

@@ -125,10 +125,16 @@ def rows_needed(
     needed, reason = rows, ""
     if sized:
         needed, reason = sized[0][0] or rows, f"{sized[0][1].adapter.path} was trained with that many"
+    largest = _largest_id(sidecars)
     for book in books:
+        if book.least_rows > max(needed, largest + 1):
+            raise AdapterError(
+                f"{book.adapter.path} trained the token {book.least_rows - 1}, which neither the base with "
+                f"its {rows} rows nor the tokenizer has",
+                remedy="put the tokenizer that the fine-tune was trained with beside the adapter",
+            )
         if book.least_rows > needed:
             needed, reason = book.least_rows, f"{book.adapter.path} trained the token {book.least_rows - 1}"
-    largest = _largest_id(sidecars)
     # some tokenizers have ids that their model has no rows for, and never uses
     if largest >= needed and largest > _largest_id(tokenizer_files(base)):
         needed, reason = largest + 1, f"the adapter's tokenizer gives ids up to {largest}"
