@@ -39,7 +39,6 @@ def test_the_size_of_the_pieces_changes_nothing(
     spec = MergeSpec(dtype="float32")
     qexport.merge(base, [adapter], tmp_path / "whole", spec)
     monkeypatch.setattr(stream, "PIECE_BYTES", 1536)
-    monkeypatch.setattr(stream, "ROOM_BYTES", 4096)
     monkeypatch.setattr(stream, "_TILE_VALUES", 200)
     qexport.merge(base, [adapter], tmp_path / "pieces", spec)
     whole, pieces = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "pieces"))

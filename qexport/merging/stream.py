@@ -25,8 +25,7 @@ from qexport.events import Advanced, OnEvent
 from qexport.merging.edits import Change, Edit, Loading, forget_shared, in_one
 from qexport.merging.sources import Source, StoredSource
 
-PIECE_BYTES = 1 << 21
-ROOM_BYTES = 1 << 26
+PIECE_BYTES = 1 << 23
 _TILE_VALUES = 1 << 18  # 1 MiB of fp32: half of a usual second-level cache
 _MAX_WORKERS = 4
 _SAFE_SQUARE = 1e60  # sums of squares below it hold no value near the end of fp32's and bf16's range
@@ -185,7 +184,7 @@ class MergeStream:
                 self._change,
                 self._write,
                 size=lambda piece: piece.bytes,
-                room=ROOM_BYTES,
+                room=PIECE_BYTES * (workers + 3),  # one read, one written, one more to wait
                 workers=workers,
             ).run(_pieces(tensors))
         finally:
@@ -253,7 +252,7 @@ def _ranges(planned: PlannedTensor) -> Iterator[tuple[int, int]]:
 def stream_bytes(tensors: Sequence[PlannedTensor]) -> int:
     """Memory that the stream takes at most, roughly: the pieces under way, or a whole tensor alone."""
     whole = max((t.rows * t.row_values * _WHOLE_WIDTH for t in tensors if t.whole), default=0)
-    return ROOM_BYTES * 2 + whole
+    return PIECE_BYTES * (_MAX_WORKERS + 3) * 2 + whole
 
 
 _scratch = threading.local()
