@@ -50,7 +50,8 @@ GPTQ = FULL.replace(
 FEW = "export_quantization_nsamples: 4\nexport_quantization_maxlen: 32\n"
 
 TEMPLATE_NOTE = (
-    "template qwen3_nothink: the tokenizer keeps its own chat template, and no Ollama Modelfile is written"
+    "template qwen3_nothink: not applied; the tokenizer's own chat template is kept if it has one, "
+    "and no Ollama Modelfile is written"
 )
 CODE_NOTE = (
     "trust_remote_code in a file is no permission: a checkpoint's own code runs only with --trust-remote-code"

@@ -13,9 +13,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import qexport
-from qexport.errors import AdapterError, NonFiniteError, SpecError
+from qexport.errors import AdapterError, NonFiniteError, OutputExistsError, SpecError
 from qexport.events import Noted
-from qexport.specs import MergeSpec
+from qexport.specs import BnbSpec, MergeSpec, ShardSpec
 from tests.adapters import BASES, make_adapter
 from tests.tiny import edit_json, in_transformers, logits, tiny_adapter, tiny_model, tokens
 
@@ -265,3 +265,28 @@ def test_trained_tokens_that_cannot_be(tmp_path: Path) -> None:
     edit_adapter(adapter, **{name: held[name].int()})
     with pytest.raises(AdapterError, match=r"are torch\.int32, of 3 different tokens"):
         qexport.merge(base, [adapter], tmp_path / "out")
+
+
+def test_what_was_merged_is_remembered_by_what_is_made_of_it(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path / "base")
+    one, two = (tiny_adapter(tmp_path / str(n), base, seed=n) for n in (1, 2))
+    qexport.merge(base, [one], tmp_path / "merged")
+    qexport.merge(tmp_path / "merged", [two], tmp_path / "both")
+    qexport.shard(tmp_path / "both", tmp_path / "sharded", ShardSpec(max_shard_size="200KB"))
+    qexport.quantize(tmp_path / "sharded", tmp_path / "four", BnbSpec())
+    for made in ("merged", "both", "sharded", "four"):
+        with pytest.raises(AdapterError, match=rf"is merged into .*{made} already"):
+            qexport.merge(
+                tmp_path / made,
+                [one],
+                tmp_path / "again",
+                MergeSpec(base_precision="dequantize") if made == "four" else None,
+            )
+
+
+def test_an_output_within_its_own_base(llama: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    adapter = tiny_adapter(tmp_path / "adapter", base)
+    with pytest.raises(OutputExistsError, match="base/out lies within the model"):
+        qexport.merge(base, [adapter], base / "out")
+    assert not (base / "out").exists()

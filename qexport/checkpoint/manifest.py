@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +21,7 @@ from qexport.errors import QexportError
 from qexport.version import __version__
 
 MANIFEST_FILE = "qexport.json"
+_MERGED = "merged_adapters"
 _REPORTED = ("torch", "transformers", "peft", "safetensors", "bitsandbytes", "numpy", "sacrebleu")
 
 
@@ -151,6 +152,27 @@ def stands(directory: Path, key: str) -> bool:
         return {file.as_posix() for file in content_files(directory)} <= set(manifest["files"])
     except QexportError:
         return False
+
+
+def merged_adapters(directory: Path) -> set[str]:
+    """Hashes of the adapters that are in a model's weights, as far as qexport merged them.
+
+    The steps that came after the merge carry them on.
+    """
+    manifest = read_manifest(directory)
+    recipe, figures = manifest.get("recipe"), manifest.get("figures")
+    inputs = recipe.get("inputs") if isinstance(recipe, dict) else None
+    carried = figures.get(_MERGED) if isinstance(figures, dict) else None
+    found = set(map(str, carried)) if isinstance(carried, list) else set()
+    if isinstance(inputs, dict):
+        found |= {str(value) for name, value in inputs.items() if name.startswith("adapter")}
+    return found
+
+
+def carried_figures(sources: Sequence[Path]) -> dict[str, Any]:
+    """What an output says of the models that it was made of."""
+    held = sorted(set().union(*(merged_adapters(source) for source in sources)))
+    return {_MERGED: held} if held else {}
 
 
 def read_figures(directory: Path) -> dict[str, Any]:

@@ -130,6 +130,11 @@ def check_target(target: Path, *, overwrite: bool = False, sources: Sequence[Pat
                 f"the output {target} is or holds the input {source}",
                 remedy="choose another place with -o",
             )
+        if source.resolve() in resolved.parents and (source / "config.json").is_file():
+            raise OutputExistsError(
+                f"the output {target} lies within the model {source}",
+                remedy="choose another place with -o",
+            )
     if resolved == here or resolved in here.parents:
         raise OutputExistsError(
             f"the output {target} is or holds the working directory",

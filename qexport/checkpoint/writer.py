@@ -12,7 +12,7 @@ import torch
 
 from qexport.checkpoint.checkpoint import CONFIG_FILE
 from qexport.checkpoint.disk import read_errors, write_errors
-from qexport.checkpoint.manifest import MANIFEST_FILE, Manifest, Recipe, record_files
+from qexport.checkpoint.manifest import MANIFEST_FILE, Manifest, Recipe, carried_figures, record_files
 from qexport.checkpoint.safetensors_file import byte_view
 from qexport.checkpoint.sharding import SAFETENSORS, Naming, ShardPlan, plan_shards
 from qexport.checkpoint.staging import StagedDirectory, require_space
@@ -48,6 +48,7 @@ class CheckpointWriter:
     ) -> None:
         self.plan: ShardPlan = plan_shards(tensors, max_shard_size, naming)
         self.figures: dict[str, Any] = {}
+        self._sources = sources
         self._config, self._naming = dict(config), naming
         self._recipe = recipe
         self._sidecars = sidecars
@@ -62,11 +63,13 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         try:
             require_space(self._staged.target, self.plan.size)
-            for tensor in self.plan.oversized:
+            if oversized := self.plan.oversized:
+                first = oversized[0]
+                more = f" and {len(oversized) - 1} more tensors are" if len(oversized) > 1 else " is"
                 self._on_event(
                     Noted(
-                        f"{tensor.name} ({format_size(tensor.size)}) is larger than the shard size "
-                        f"{format_size(self._max_shard_size)}: it gets a file of its own"
+                        f"{first.name} ({format_size(first.size)}){more} larger than the shard size "
+                        f"{format_size(self._max_shard_size)}: each gets a file of its own"
                     )
                 )
             with write_errors(self._staged.target):
@@ -147,7 +150,8 @@ class CheckpointWriter:
             for name, text in self._texts.items():
                 (directory / name).write_text(text, encoding="utf-8")
             self._flusher.finish()
-        manifest = Manifest(self._recipe(), record_files(directory), self.figures)
+        figures = {**carried_figures(self._sources), **self.figures}
+        manifest = Manifest(self._recipe(), record_files(directory), figures)
         with write_errors(target):
             (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
         self._staged.commit()

@@ -75,7 +75,7 @@ def _show_plan(
 
     with out.listening() as on_event:
         planned = planned_merge(base, adapters, spec, trust_remote_code=trust_remote_code, on_event=on_event)
-    rows = [(name, "x".join(map(str, shape)), by) for name, shape, by in planned.touched]
+    rows = [(n, "x".join(map(str, shape)), ", ".join(map(str, by))) for n, shape, by in planned.touched]
     data = {
         "tensors": planned.tensors,
         "touched": [{"tensor": n, "shape": list(s), "adapters": by} for n, s, by in planned.touched],

@@ -125,8 +125,8 @@ class LlamaFactoryFile(ForeignFile):
         notes = []
         if self.template:
             notes.append(
-                f"template {self.template}: the tokenizer keeps its own chat template, and no Ollama "
-                "Modelfile is written"
+                f"template {self.template}: not applied; the tokenizer's own chat template is kept if it has "
+                "one, and no Ollama Modelfile is written"
             )
         if self.trust_remote_code:
             notes.append(

@@ -133,6 +133,10 @@ def split_weight(source: str) -> tuple[str, float | None]:
     try:
         weight = float(tail)
     except ValueError:
+        if exists(Path(name)):
+            raise AdapterError(
+                f"the weight of {name} is {tail!r}", expected="a number, as in A:0.7"
+            ) from None
         return source, None
     if not abs(weight) < float("inf"):
         raise AdapterError(f"the weight of {name} is {tail}", expected="a finite number, as in A:0.7")

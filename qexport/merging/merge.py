@@ -103,7 +103,7 @@ class PlannedMerge:
     """What a merge would do: `touched` are name, shape and the adapters' numbers; sizes in bytes."""
 
     tensors: int
-    touched: tuple[tuple[str, tuple[int, ...], str], ...]
+    touched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     files: tuple[tuple[str, int], ...]
     size_bytes: int
     peak_bytes: int
@@ -129,7 +129,7 @@ def planned_merge(
     shards = plan_shards([t.info for t in plan.tensors], spec.max_shard_size, naming).shards
     return PlannedMerge(
         len(plan.tensors),
-        tuple((t.info.name, t.info.shape, ", ".join(map(str, t.adapters))) for t in plan.touched),
+        tuple((t.info.name, t.info.shape, t.adapters) for t in plan.touched),
         tuple((shard.file, shard.size) for shard in shards),
         plan.size,
         peak_resident_bytes() + stream_bytes(plan.tensors),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import re
 import threading
 import warnings
@@ -61,6 +62,8 @@ class PeftLayers:
 
     def __init__(self, adapter: Adapter, skeleton: nn.Module) -> None:
         try:
+            # bitsandbytes, which PEFT loads where it is installed, tells of a kernel that nobody needs here
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             with _quiet():
                 import peft
         except ImportError as error:

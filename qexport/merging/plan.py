@@ -9,7 +9,7 @@ from typing import Any
 
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.hashing import PassingHash
-from qexport.checkpoint.manifest import fingerprint, read_manifest
+from qexport.checkpoint.manifest import fingerprint, merged_adapters
 from qexport.errors import AdapterError
 from qexport.events import Noted, OnEvent, ignore
 from qexport.merging.adapter import Adapter, open_adapter, require_finite_adapter
@@ -100,11 +100,19 @@ def plan_merge(
     if spec.dtype:
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config = _with({**config, key: spec.dtype}, key, spec.dtype)
+    config = with_rope_scaling(config, spec)
+    if spec.rope_scaling and spec.rope_factor:
+        on_event(
+            Noted(
+                f"rotary scaling: {spec.rope_scaling} by {spec.rope_factor:g}, as rope_parameters in "
+                "config.json, which transformers before 5 does not read"
+            )
+        )
     return MergePlan(
         base=chosen,
         adapters=opened,
         tensors=tuple(tensors),
-        config=with_rope_scaling(config, spec),
+        config=config,
         sidecars=sidecars,
         chat_template=template,
         vocabulary_rows=resized,
@@ -112,18 +120,9 @@ def plan_merge(
     )
 
 
-def merged_before(base: Path) -> set[str]:
-    """Hashes of the adapters that the base, when qexport made it, was merged from."""
-    recipe = read_manifest(base).get("recipe")
-    inputs = recipe.get("inputs") if isinstance(recipe, dict) else None
-    if not isinstance(inputs, dict):
-        return set()
-    return {str(value) for name, value in inputs.items() if name.startswith("adapter")}
-
-
 def _require_unmerged(base: Path, adapters: Sequence[Adapter]) -> None:
     marks = [fingerprint(adapter.path) for adapter in adapters]
-    held = merged_before(base)
+    held = merged_adapters(base)
     for n, (adapter, mark) in enumerate(zip(adapters, marks, strict=True)):
         if adapter.weight is not None and adapter.weight < 0:
             continue  # taking a change back is what was asked for
