@@ -37,6 +37,7 @@ FAST = {
     "tinylora",
     "trainable_tokens",
 }
+DECOMPOSED = ("pissa", "olora", "mica", "kasa", "osf", "psoft", "deft", "frod", "tinylora")
 FULL_PRECISION = MergeSpec(dtype="float32")
 
 
@@ -85,7 +86,9 @@ def test_merged_is_adapter_on(architecture: str, kind: str, bases: Path, tmp_pat
     assert (expected - logits(in_transformers(base, dtype=torch.float32), tokens())).abs().max() > 0.05
     qexport.merge(base, [adapter], out, FULL_PRECISION)
     found = logits(in_transformers(out, dtype=torch.float32), tokens())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
+    # a decomposition of the base comes out a little different with every number of threads
+    atol = 2e-3 if kind.startswith(DECOMPOSED) else 2e-4
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.slow
