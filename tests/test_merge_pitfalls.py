@@ -290,3 +290,20 @@ def test_an_output_within_its_own_base(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="base/out lies within the model"):
         qexport.merge(base, [adapter], base / "out")
     assert not (base / "out").exists()
+
+
+def test_a_share_of_a_token_that_came_in_with_the_tokenizer(tmp_path: Path) -> None:
+    base = BASES["qwen2"](tmp_path / "base")
+    adapter = make_adapter("token_indices", base, tmp_path / "adapter")
+    _, *others = json.loads((adapter / "adapter_config.json").read_text())["trainable_token_indices"]
+    edit_json(adapter / "adapter_config.json", trainable_token_indices=[322, *others])
+    with_larger_tokenizer(adapter, base, 325)
+    qexport.merge(base, [adapter], tmp_path / "whole", FULL)
+    qexport.merge(base, [f"{adapter}:0.5"], tmp_path / "half", FULL)
+    whole, half = (
+        load_file(tmp_path / name / "model.safetensors")["model.embed_tokens.weight"]
+        for name in ("whole", "half")
+    )
+    assert not torch.equal(whole[322], whole[323])
+    mean = whole[323]  # of the rows that nobody trained
+    torch.testing.assert_close(half[322], (whole[322] + mean) / 2)

@@ -376,9 +376,15 @@ def on_first_rows(edit: Edit, count: int) -> Edit:
     """The edit on the first `count` rows, those of single rows as they are."""
     if isinstance(edit, TokensEdit):
         return edit
+    if isinstance(edit, WeightedEdit):
+        return _share_on_first_rows(edit, count)
     if isinstance(edit, SharesEdit):
-        return SharesEdit(tuple(WeightedEdit(on_first_rows(e.inner, count), e.weight) for e in edit.shares))
+        return SharesEdit(tuple(_share_on_first_rows(share, count) for share in edit.shares))
     return FirstRowsEdit(edit, count)
+
+
+def _share_on_first_rows(share: WeightedEdit, count: int) -> WeightedEdit:
+    return WeightedEdit(on_first_rows(share.inner, count), share.weight)
 
 
 def in_one(changes: Sequence[Change]) -> tuple[Change, ...]:
