@@ -6,6 +6,8 @@ just that line and exits with the class's `exit_code`; anything else that escape
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class QexportError(Exception):
     """Base of all; `found`, `expected` and `remedy` become one line."""
@@ -87,3 +89,9 @@ class GateError(QexportError):
     """The candidate is whole, but loses more than the user allows."""
 
     exit_code = 1
+
+
+def first_of(names: Sequence[str], count: int = 3) -> str:
+    """The first `count` names, and how many more there are."""
+    more = len(names) - count
+    return ", ".join(names[:count]) + (f" and {more} more" if more > 0 else "")

@@ -6,7 +6,7 @@ import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.safetensors_file import iter_values
-from qexport.errors import NonFiniteError
+from qexport.errors import NonFiniteError, first_of
 from qexport.events import Advanced, Finished, OnEvent, Started, ignore
 
 # dtype -> (whole numbers of its width, all bits but the sign, the bits of infinity): as bits, what is not
@@ -45,9 +45,8 @@ def require_finite(checkpoint: Checkpoint, *, on_event: OnEvent = ignore) -> Non
 
 def non_finite_error(where: str, names: list[str]) -> NonFiniteError:
     """The error that names the broken tensors, the first three of them."""
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return NonFiniteError(
-        f"{where} has NaN or infinity in {shown}",
+        f"{where} has NaN or infinity in {first_of(names)}",
         expected="finite weights",
         remedy="the training diverged or the file is damaged: export an earlier state",
     )

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from qexport.checkpoint.disk import is_file
-from qexport.errors import RecipeError
+from qexport.errors import RecipeError, first_of
 from qexport.graph.keys import unknown_key, validated
 from qexport.specs import MergeSpec, QuantizeSpec, Spec
 
@@ -114,8 +114,7 @@ def read_foreign(dialect: Dialect, content: Mapping[Any, Any], name: str) -> Mod
     given = {str(key): value for key, value in content.items() if value is not None}
     problems = [problem for key, value in given.items() if (problem := dialect.problem(key, value))]
     if training := [key for key in given if dialect.trains(key)]:
-        shown = ", ".join(training[:5]) + (f" and {len(training) - 5} more" if len(training) > 5 else "")
-        problems.append(f"{shown}: of training only, take that out of the export file")
+        problems.append(f"{first_of(training, 5)}: of training only, take that out of the export file")
     if problems:
         raise RecipeError(f"{name} is read as {dialect.tool}'s: " + "; ".join(problems))
     honoured = {key: value for key, value in given.items() if key in dialect.file.model_fields}

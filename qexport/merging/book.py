@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.errors import AdapterError
 from qexport.merging.adapter import Adapter
-from qexport.merging.edits import Edit, ReplaceEdit, TokensEdit
+from qexport.merging.edits import Edit, ReplaceEdit, TokensEdit, alike
 from qexport.merging.names import Names
 
 
@@ -58,7 +58,7 @@ class EditBook:
             given = next((other for other in entered if type(other) is type(edit)), None)
             if given is None or not isinstance(edit, (ReplaceEdit, TokensEdit)):
                 entered.extend([] if edit in entered else [edit])
-            elif not _same_values(edit, given):
+            elif not alike(edit, given):
                 raise AdapterError(
                     f"conflicting tied edits: {self.adapter.path} was trained to keep "
                     f"{' and '.join(self.sides(name))} tied, and its values for them differ"
@@ -122,15 +122,6 @@ class EditBook:
             )
         if not self.edits:
             raise AdapterError(f"{adapter.path} changes nothing", expected="an adapter with trained tensors")
-
-
-def _same_values(one: Edit, other: Edit) -> bool:
-    """Whether both put the same values in the same place: PEFT saves some under two names."""
-    if isinstance(one, TokensEdit) and isinstance(other, TokensEdit):
-        return one.indices == other.indices and one.values.same_values(other.values)
-    assert isinstance(one, ReplaceEdit)  # noqa: S101 - the caller looked
-    assert isinstance(other, ReplaceEdit)  # noqa: S101
-    return one.tensor.same_values(other.tensor)
 
 
 def replaces_rows(edits: Sequence[Edit]) -> bool:

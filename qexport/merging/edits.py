@@ -80,7 +80,7 @@ class AddLowRank:
     right: torch.Tensor
     scale: float
 
-    @property
+    @functools.cached_property
     def delta_square(self) -> float:
         """See `Change`."""
         return self.scale**2 * product_square(self.left, self.right)
@@ -88,6 +88,12 @@ class AddLowRank:
     def apply(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
         """See `Change`."""
         return rows.addmm_(self.left[begin : begin + len(rows)], self.right, alpha=self.scale)
+
+
+def low_rank(a: torch.Tensor, b: torch.Tensor, scale: float, *, transposed: bool) -> AddLowRank:
+    """scale * B A of `a` [r, in] and `b` [out, r], for a matrix [out, in] or one stored [in, out]."""
+    left, right = (a.T, b.T) if transposed else (b, a)
+    return AddLowRank(left.contiguous(), right.contiguous(), scale)
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,7 @@ class LoraEdit:
     def load(self, at: Loading) -> AddLowRank:
         """See `Edit`."""
         a, b = self.a.read().float().to(at.device), self.b.read().float().to(at.device)
-        left, right = (a.T, b.T) if self.transposed else (b, a)
-        return AddLowRank(left.contiguous(), right.contiguous(), self.scale)
+        return low_rank(a, b, self.scale, transposed=self.transposed)
 
 
 @dataclass(frozen=True)
@@ -385,6 +390,19 @@ def on_first_rows(edit: Edit, count: int) -> Edit:
 
 def _share_on_first_rows(share: WeightedEdit, count: int) -> WeightedEdit:
     return WeightedEdit(on_first_rows(share.inner, count), share.weight)
+
+
+def alike(one: Edit, other: Edit) -> bool:
+    """Whether both do the same: what PEFT saved of one matrix may stand in its file under two names."""
+    if isinstance(one, ReplaceEdit) and isinstance(other, ReplaceEdit):
+        return one.tensor.same_values(other.tensor)
+    if isinstance(one, TokensEdit) and isinstance(other, TokensEdit):
+        return one.indices == other.indices and one.values.same_values(other.values)
+    if isinstance(one, WeightedEdit) and isinstance(other, WeightedEdit):
+        return one.weight == other.weight and alike(one.inner, other.inner)
+    if isinstance(one, SharesEdit) and isinstance(other, SharesEdit):
+        return len(one.shares) == len(other.shares) and all(map(alike, one.shares, other.shares))
+    return one == other
 
 
 def in_one(changes: Sequence[Change]) -> tuple[Change, ...]:

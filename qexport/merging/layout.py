@@ -15,7 +15,7 @@ from qexport.checkpoint.tensors import TensorInfo
 from qexport.errors import AdapterError
 from qexport.formats.opening import float_dtype
 from qexport.merging.book import EditBook
-from qexport.merging.edits import Edit, ReplaceEdit, SharesEdit, WeightedEdit, on_first_rows
+from qexport.merging.edits import Edit, ReplaceEdit, alike, on_first_rows
 from qexport.merging.names import Names
 from qexport.merging.sources import DecodedSource, ResizedSource, Source, StoredSource
 from qexport.merging.stream import PlannedTensor
@@ -135,7 +135,7 @@ class Layout:
         tie = self._checkpoint.tie
         assert tie is not None  # noqa: S101 - the caller looked
         one, other = list(self._edits.get(tie.embedding, ())), list(self._edits.get(tie.head, ()))
-        if len(one) == len(other) and all(map(_are_equal, one, other)):
+        if len(one) == len(other) and all(map(alike, one, other)):
             return False
         kept = [b.adapter for b in self._books if b.adapter.config.get("ensure_weight_tying")]
         if kept and one and other:
@@ -164,14 +164,3 @@ class Layout:
             source=ResizedSource(planned.source, rows),
             edits=edits,
         )
-
-
-def _are_equal(one: Edit, other: Edit) -> bool:
-    """Whether both do the same; what PEFT saved for both sides of a tied pair stands under two names."""
-    if isinstance(one, ReplaceEdit) and isinstance(other, ReplaceEdit):
-        return one.tensor.same_values(other.tensor)
-    if isinstance(one, WeightedEdit) and isinstance(other, WeightedEdit):
-        return one.weight == other.weight and _are_equal(one.inner, other.inner)
-    if isinstance(one, SharesEdit) and isinstance(other, SharesEdit):
-        return len(one.shares) == len(other.shares) and all(map(_are_equal, one.shares, other.shares))
-    return one == other

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qexport.errors import AdapterError
+from qexport.errors import AdapterError, first_of
 from qexport.merging.adapter import Adapter, AdapterTensor
 from qexport.merging.book import EditBook
 from qexport.merging.edits import (
@@ -20,7 +20,7 @@ from qexport.merging.edits import (
     FusedExpertsEdit,
     LoraEdit,
 )
-from qexport.merging.settings import LoraSettings, lora_settings, matches_whole
+from qexport.merging.settings import ALL_LINEAR, LoraSettings, lora_settings, matches_whole
 from qexport.merging.trained import add_trained
 
 # PEFT leaves the adapter's name out of what it saves; some trainers leave it in
@@ -68,10 +68,9 @@ def add_lora(book: EditBook) -> None:
     for module, parts in modules.items():
         _add_module(book, settings, module, parts)
     if missing := _without_pair(book):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         book.notes.append(
             f"{adapter.path} has no pair for {len(missing)} of the modules that its config names: "
-            f"{', '.join(missing[:3])}{more}; they stay as they are"
+            f"{first_of(missing)}; they stay as they are"
         )
 
 
@@ -84,7 +83,7 @@ def _without_pair(book: EditBook) -> list[str]:
     targets, excluded, layers = (
         config.get(option) for option in ("target_modules", "exclude_modules", "layers_to_transform")
     )
-    if not isinstance(targets, (str, list)) or targets == "all-linear":
+    if not isinstance(targets, (str, list)) or targets == ALL_LINEAR:
         return []
     chosen = layers if isinstance(layers, list) else None if layers is None else [layers]
 

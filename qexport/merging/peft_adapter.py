@@ -14,12 +14,12 @@ from qexport.merging.adapter import Adapter
 from qexport.merging.book import EditBook
 from qexport.merging.edits import Loading
 from qexport.merging.peft_layers import PeftLayers
+from qexport.merging.settings import not_converted
 from qexport.merging.trained import add_trained
 from qexport.modeling.skeleton import build_skeleton
 
 # kinds whose merge changes more than the weight
 _CHANGES_BIAS = frozenset({"IA3", "ROAD", "ADAMSS", "GLORA", "BEFT", "LN_TUNING"})
-_REMEDY = "save it converted: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
 # initialisations that changed the base in a way that its file does not tell
 _LOST_INITS = {
     "pissa_niter": "a random decomposition of the base that is not saved",
@@ -78,12 +78,14 @@ def add_by_peft(book: EditBook, checkpoint: Checkpoint, *, trust_remote_code: bo
         return
     skeleton = build_skeleton(checkpoint.path, trust_remote_code=trust_remote_code)
     layers = PeftLayers(adapter, skeleton.model)
+    held: dict[str, set[str]] = {module: set() for module in layers.modules}
     for name, tensor in adapter.tensors.items():
         module = _owner(name, layers.modules)
-        shared = not name.startswith(tuple(f"{top}." for top, _ in skeleton.model.named_children()))
-        if (module is None and not shared) or ".base_layer." in name:
+        if ".base_layer." in name or (module is None and not layers.is_shared(name)):
             add_trained(book, name, tensor)
-    _require_whole(adapter, layers.modules)
+        elif module is not None:
+            held[module].add(name.removeprefix(f"{module}."))
+    _require_whole(adapter, held)
     for module, layer in layers.modules.items():
         _add_module(book, checkpoint, layers, module, layer)
 
@@ -95,16 +97,12 @@ def _owner(name: str, modules: Mapping[str, Any]) -> str | None:
     return next((prefix for prefix in prefixes if prefix in modules), None)
 
 
-def _require_whole(adapter: Adapter, modules: Mapping[str, Any]) -> None:
+def _require_whole(adapter: Adapter, held: Mapping[str, set[str]]) -> None:
     """Raises AdapterError when a module lacks tensors that its like in other layers has.
 
-    PEFT itself says what each needs when it merges; this is told before the work begins.
+    `held` is what the file has for each. PEFT itself says what each needs when it merges; this is told
+    before the work begins.
     """
-    held: dict[str, set[str]] = {module: set() for module in modules}
-    for name in adapter.tensors:
-        module = _owner(name, modules)
-        if module is not None and ".base_layer." not in name:
-            held[module].add(name.removeprefix(f"{module}."))
     if not any(held.values()):
         return  # what belongs to all of them is all that there is
     likes: dict[str, set[str]] = {}
@@ -146,8 +144,4 @@ def _require_known_base(adapter: Adapter) -> None:
     init = adapter.config.get("init_lora_weights")
     for start, lost in _LOST_INITS.items():
         if isinstance(init, str) and init.startswith(start):
-            raise AdapterError(
-                f"{adapter.path} was initialised by {init}, which changed the base by {lost}",
-                expected="an adapter that was saved converted to plain LoRA",
-                remedy=_REMEDY,
-            )
+            raise not_converted(f"{adapter.path} was initialised by {init}, which changed the base by {lost}")

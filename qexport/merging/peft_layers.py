@@ -21,7 +21,7 @@ from torch import nn
 
 from qexport.errors import AdapterError, MissingDependencyError
 from qexport.merging.adapter import Adapter
-from qexport.merging.settings import by_pattern, matches_whole
+from qexport.merging.settings import ALL_LINEAR, PLAIN_NAME, by_pattern, matches_whole
 
 PREFIX = "base_model.model."
 # Projections as large as the largest module, or indices dealt out over all modules; nothing of the base
@@ -47,8 +47,6 @@ _SETTLED: dict[str, Any] = {
 # expressions that PEFT matches against the names of all modules, without a limit of time
 _EXPRESSIONS = ("target_modules", "exclude_modules", "feedforward_modules")
 _BY_EXPRESSION = ("rank_pattern", "alpha_pattern", "lambda_pattern")
-_ALL_LINEAR = "all-linear"  # PEFT's word for them, no expression
-_PLAIN_NAME = re.compile(r"[\w.]+")
 
 Modules = Mapping[str, nn.Module]
 
@@ -92,7 +90,7 @@ class PeftLayers:
         names = [name for name, _ in skeleton.named_modules() if name]
         for option in _EXPRESSIONS:
             pattern = getattr(config, option, None)
-            if isinstance(pattern, str) and pattern.lower() != _ALL_LINEAR:
+            if isinstance(pattern, str) and pattern.lower() != ALL_LINEAR:
                 setattr(config, option, {name for name in names if matches_whole(where, pattern, name)})
         for option in _BY_EXPRESSION:
             patterns = getattr(config, option, None)
@@ -105,7 +103,7 @@ class PeftLayers:
             config.modules_to_save = [re.escape(name) for name in found]
         layers = getattr(config, "layers_pattern", None) or ()
         for pattern in [layers] if isinstance(layers, str) else layers:
-            if not _PLAIN_NAME.fullmatch(pattern):
+            if not PLAIN_NAME.fullmatch(pattern):
                 raise AdapterError(f"{where}: layers_pattern is {pattern[:80]!r}", expected="a module's name")
 
     def _targets(self, skeleton: nn.Module) -> list[str]:
@@ -202,9 +200,13 @@ class PeftLayers:
             found = [("missing", missing), ("unknown", strange)]
             raise ValueError("; ".join(f"{what}: {', '.join(keys[:3])}" for what, keys in found if keys))
 
+    def is_shared(self, key: str) -> bool:
+        """Whether a key of the adapter belongs to no module of the model, but to several of them."""
+        return key.partition(".")[0] not in self._tops
+
     def _concerns(self, wrapped: Any, key: str) -> bool:
-        """Whether state of no module belongs to these: FRoD has a projection for every sort of module."""
-        if key.partition(".")[0] in self._tops:
+        """Whether shared state belongs to these modules: FRoD has a projection for every sort of module."""
+        if not self.is_shared(key):
             return False
         return self._adapter.kind != "FROD" or key.rpartition(".")[2] in wrapped.base_model.frod_V
 

@@ -12,7 +12,8 @@ from qexport.errors import AdapterError
 from qexport.merging.adapter import Adapter
 from qexport.merging.lora import lora_scale
 
-_PLAIN_NAME = re.compile(r"[\w.]+")
+PLAIN_NAME = re.compile(r"[\w.]+")
+ALL_LINEAR = "all-linear"  # PEFT's word in target_modules, no expression
 _PATTERN_SECONDS = 0.1
 _SHOWN = 80
 _NO_RANK = 1 << 31
@@ -84,6 +85,15 @@ def is_plain_lora(adapter: Adapter) -> bool:
     )
 
 
+def not_converted(found: str) -> AdapterError:
+    """The error about an adapter whose initialisation changed the base, in a way that is not to be redone."""
+    return AdapterError(
+        found,
+        expected="an adapter that was saved converted to plain LoRA",
+        remedy="save it converted: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)",
+    )
+
+
 def _whole(where: str, key: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < _NO_RANK:
         raise AdapterError(f"{where}: {key} is {reprlib.repr(value)}", expected="a rank of 1 or more")
@@ -106,7 +116,7 @@ def by_pattern(where: str, patterns: Mapping[str, Any], module: str, default: An
 
 
 def _matches(where: str, pattern: str, module: str) -> bool:
-    if _PLAIN_NAME.fullmatch(pattern):
+    if PLAIN_NAME.fullmatch(pattern):
         # as a regular expression each dot stands for any character; in real names it stands for itself
         return module == pattern or module.endswith(f".{pattern}")
     return matches_whole(where, pattern, module, before=r"(.*\.)?")

@@ -24,6 +24,7 @@ from qexport.merging.edits import (
     SharesEdit,
     TokensEdit,
     WeightedEdit,
+    low_rank,
 )
 from qexport.merging.settings import is_plain_lora, lora_settings
 from qexport.specs import MergeSpec
@@ -147,8 +148,7 @@ class CombinedEdit:
             for e, weight in self.pairs
         ]
         a, b = combine(pairs, self.how, generator)
-        left, right = (a.T, b.T) if self.pairs[0][0].transposed else (b, a)
-        return AddLowRank(left.contiguous(), right.contiguous(), 1.0)
+        return low_rank(a, b, 1.0, transposed=self.pairs[0][0].transposed)
 
 
 def _combined(name: str, books: Sequence[EditBook], spec: MergeSpec) -> CombinedEdit:

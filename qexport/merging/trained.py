@@ -9,7 +9,7 @@ from qexport.errors import AdapterError
 from qexport.merging.adapter import AdapterTensor
 from qexport.merging.book import EditBook
 from qexport.merging.edits import ReplaceEdit, TokensEdit
-from qexport.merging.settings import is_plain_lora
+from qexport.merging.settings import is_plain_lora, not_converted
 
 _TOKENS = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.[^.]+)?")
 _COPY = re.compile(r"(?P<module>.+?)(?:\.token_adapter)?\.base_layer\.(?P<leaf>weight|bias)")
@@ -51,11 +51,9 @@ def _is_residual(book: EditBook, module: str, tensor: AdapterTensor) -> bool:
     if adapter.kind != "LORA" or not changed or name is None:
         return False
     if len(book.sides(name)) == 2 or tensor.shape != book.names.shape(name):
-        raise AdapterError(
+        raise not_converted(
             f"{adapter.path} holds what its initialisation ({init}) left of {name}, which is tied or "
-            "was resized",
-            expected="an adapter that was saved converted to plain LoRA",
-            remedy="save it converted: PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)",
+            "was resized"
         )
     return True
 

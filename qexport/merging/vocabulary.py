@@ -125,6 +125,10 @@ def rows_needed(
     needed, reason = rows, ""
     if sized:
         needed, reason = sized[0][0] or rows, f"{sized[0][1].adapter.path} was trained with that many"
+    own = tokenizer_files(base)
+    taken_along = any(own.get(name) != place for name, place in sidecars.items() if _is_tokenizer_file(name))
+    if not taken_along and all(book.least_rows <= needed for book in books):
+        return needed, reason  # nothing asks for a look into the tokenizer, which may be large
     largest = _largest_id(sidecars)
     for book in books:
         if book.least_rows > max(needed, largest + 1):
@@ -136,7 +140,7 @@ def rows_needed(
         if book.least_rows > needed:
             needed, reason = book.least_rows, f"{book.adapter.path} trained the token {book.least_rows - 1}"
     # some tokenizers have ids that their model has no rows for, and never uses
-    if largest >= needed and largest > _largest_id(tokenizer_files(base)):
+    if largest >= needed and largest > _largest_id(own):
         needed, reason = largest + 1, f"the adapter's tokenizer gives ids up to {largest}"
     return needed, reason
 
