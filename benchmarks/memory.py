@@ -42,7 +42,7 @@ STEPS = {
     "(imports only)": ("", "import qexport.graph.run, transformers, bitsandbytes"),
     "merge": ("merged", "qexport.merge(base, [adapter], out)"),
     "shard, 200MB": ("sharded", "qexport.shard(base, out, ShardSpec(max_shard_size='200MB'))"),
-    "quantize, bnb 4 bits": ("bnb", "qexport.quantize(base, out, BnbSpec())"),
+    "quantize, bnb 4 bits": ("bnb", "qexport.quantize(base, out, spec_of('bnb'))"),
     "quantize, rtn 4 bits": ("rtn", "qexport.quantize(base, out, RtnSpec())"),
     "quantize, gptq 4 bits, 8 x 256 tokens": (
         "gptq",

@@ -1,6 +1,6 @@
-"""The user's methods: each a choice on three axes, grid x solver x format.
+"""What a spec comes to: a grid x a solver x a format, and who reads the result.
 
-A new method is one row; nothing below knows the methods' names.
+A new format or solver is one row here; nothing below knows the others' names.
 """
 
 from __future__ import annotations
@@ -13,66 +13,213 @@ from typing import Any
 import torch
 
 from qexport.errors import SpecError
-from qexport.formats import bitsandbytes, gptq
-from qexport.formats.format import Format
-from qexport.grids.bitsandbytes_import import bitsandbytes_functional
-from qexport.grids.bnb4 import Bnb4Grid
-from qexport.grids.int8_rows import Int8RowGrid
-from qexport.grids.integer import IntegerGrid
-from qexport.solvers import gptq as gptq_solver
+from qexport.formats import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    eetq,
+    gptq,
+    gptq_v2,
+    hqq,
+    hqq_safetensors,
+    mlx,
+)
+from qexport.formats.format import Format, Wish
+from qexport.grids.grid import Grid, encode
+from qexport.solvers.awq import search_clip
+from qexport.solvers.gptq import Curvature, curvature
+from qexport.solvers.gptq import gptq as solve_gptq
+from qexport.solvers.hqq import half_quadratic
 from qexport.solvers.rtn import round_to_nearest
-from qexport.specs import AnyQuantizeSpec, BnbSpec, RtnSpec
+from qexport.solvers.search import search
+from qexport.specs import AnyQuantizeSpec, AwqGptqSpec, AwqSpec, CalibrationSpec, GptqSpec
 
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)  # those that runtimes have kernels for
-_DEFAULT_GROUPS = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class FormatRow:
+    """A format that can be written: its module, the group sizes to take when the user names none, the
+    first that divides every layer, and the runtimes that read it."""
+
+    module: Format
+    groups: tuple[int, ...]
+    runtimes: tuple[str, ...]
+
+
+FORMATS: dict[str, FormatRow] = {
+    "gptq": FormatRow(gptq, (128, 64, 32), ("GPTQModel", "vLLM")),
+    "gptq_v2": FormatRow(gptq_v2, (128, 64, 32), ("GPTQModel", "vLLM")),
+    "awq": FormatRow(awq, (128, 64, 32), ("GPTQModel", "vLLM")),
+    "hqq": FormatRow(hqq, (64, 32, 16), ("hqq",)),
+    "hqq-safetensors": FormatRow(hqq_safetensors, (64, 32, 16), ()),
+    "bitsandbytes": FormatRow(bitsandbytes, (), ("transformers", "vLLM")),
+    "compressed-tensors": FormatRow(compressed_tensors, (128, 64, 32), ("transformers", "vLLM")),
+    "mlx": FormatRow(mlx, (64, 32), ("mlx-lm",)),
+    "eetq": FormatRow(eetq, (), ("transformers on CUDA",)),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a calibrated solver makes of the Hessian [in, in] of layers that share an input."""
+
+    hessian: torch.Tensor
+    curvature: Curvature | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A point on the three axes.
+    """A point on the three axes, for one model."""
 
-    `solve` takes a matrix [out, in] and what `prepare` made of its inputs' Hessian [in, in]; a method
-    without `prepare` needs no data and is given None.
-    """
-
-    grid: Any
-    solve: Callable[[torch.Tensor, Any], Any]
+    spec: AnyQuantizeSpec
     format: Format
-    prepare: Callable[[torch.Tensor], Any] | None = None
-    damp: float | None = None
+    common: Grid
+    dtype: torch.dtype
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the solver wants to see activations."""
+        return isinstance(self.spec, CalibrationSpec)
+
+    @property
+    def scaling(self) -> AwqSpec | AwqGptqSpec | None:
+        """Set where AWQ's scales come before the codes are chosen."""
+        return self.spec if isinstance(self.spec, (AwqSpec, AwqGptqSpec)) else None
+
+    @property
+    def reorders_groups(self) -> bool:
+        """Whether a group's inputs may be no neighbours (desc_act)."""
+        return _reorders_groups(self.spec)
+
+    def grid(self, bits: int, group_size: int | None = None) -> Grid:
+        """The grid of a layer that is to have other bits; the group size is the common one unless given."""
+        if group_size is None:
+            group_size = getattr(self.common, "group_size", None)
+        return _grid_for(self.spec, grid_wish(self.spec, self.dtype, bits=bits, group_size=group_size))
+
+    def solve_alone(self, weight: torch.Tensor, grid: Grid) -> Any:
+        """Codes of `weight` [out, in] without data: by the solver, or by scale search if it wants some."""
+        return _DATA_FREE.get(self.spec.solver, search)(weight, grid)
+
+    def prepare(self, hessian: torch.Tensor, grid: Grid) -> Prepared:
+        """What `solve` needs, computed once for layers that share an input and a grid."""
+        spec = self.spec
+        if not isinstance(spec, GptqSpec):
+            return Prepared(hessian)
+        width = grid.group_width(len(hessian))
+        order = curvature(hessian, damp=spec.damp, act_order=spec.act_order, group_size=width)
+        return Prepared(hessian, order)
+
+    def solve(self, weight: torch.Tensor, prepared: Prepared, grid: Grid) -> Any:
+        """Codes of `weight` [out, in] that keep its outputs on the calibration inputs."""
+        spec, scales = self.spec, None
+        if isinstance(spec, (AwqSpec, AwqGptqSpec)) and spec.clip:
+            shrink = search_clip(weight, prepared.hessian, grid, points=spec.grid_points)
+            scales = grid.fit(weight, shrink)
+        if isinstance(spec, GptqSpec) and prepared.curvature:
+            return solve_gptq(
+                weight,
+                prepared.curvature,
+                grid,
+                static_groups=spec.static_groups,
+                scales=scales,
+                searched=spec.search_scales,
+            )
+        return encode(grid, weight, grid.fit(weight) if scales is None else scales)
 
 
-def method_of(spec: AnyQuantizeSpec, shapes: Mapping[str, Sequence[int]]) -> Method:
-    """The method that `spec` asks for, fitted to the layers [out, in] of a model.
+_DATA_FREE: dict[str, Callable[[torch.Tensor, Grid], Any]] = {
+    "rtn": round_to_nearest,
+    "search": search,
+    "hqq": half_quadratic,
+}
 
-    Raises SpecError when the wanted group size does not divide a layer's inputs.
+
+def method_of(
+    spec: AnyQuantizeSpec, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype = torch.float16
+) -> Method:
+    """The method that `spec` asks for, fitted to the layers [out, in] of a model of `dtype`.
+
+    Raises SpecError for a grid that the format has not, with the formats that have it, and when the wanted
+    group size does not divide a layer's inputs.
     """
-    if isinstance(spec, BnbSpec):
-        bitsandbytes_functional()  # its absence is told now, not after the weights were read
-        grid = Bnb4Grid() if spec.bits == 4 else Int8RowGrid()
-        return Method(grid, lambda weight, _: round_to_nearest(weight, grid), bitsandbytes)
-    storable = {name: shape for name, shape in shapes.items() if not gptq.obstacle(shape)}
-    integer = IntegerGrid(spec.bits, group_size_for(spec.group_size, storable))
-    if isinstance(spec, RtnSpec):
-        return Method(integer, lambda weight, _: round_to_nearest(weight, integer), gptq)
+    row = FORMATS[spec.format]
+    if not row.groups:
+        return Method(spec, row.module, _grid_for(spec, grid_wish(spec, dtype)), dtype)
+    usual = _grid_for(spec, grid_wish(spec, dtype, group_size=row.groups[0]))
+    storable = {name: shape for name, shape in shapes.items() if not row.module.obstacle(shape, usual)}
+    group_size = group_size_for(spec.group_size, storable or shapes, row.groups)
+    return Method(spec, row.module, _grid_for(spec, grid_wish(spec, dtype, group_size=group_size)), dtype)
 
-    return Method(
-        integer,
-        lambda weight, prepared: gptq_solver.gptq(weight, prepared, integer),
-        gptq,
-        prepare=lambda hessian: gptq_solver.curvature(hessian, damp=spec.damp),
-        damp=spec.damp,
+
+def grid_wish(
+    spec: AnyQuantizeSpec, dtype: torch.dtype, *, bits: int | None = None, group_size: int | None = None
+) -> Wish:
+    """The grid that `spec` asks its format for, with other bits or another group size if given."""
+    return Wish(
+        bits=bits or spec.bits,
+        group_size=spec.group_size if group_size is None else group_size,
+        # HQQ moves zeros: where the user is silent, it gets a grid that has them
+        symmetric=False if spec.solver == "hqq" and spec.symmetric is None else spec.symmetric,
+        dtype=dtype,
+        codebook=spec.quant_type,
+        double_quant=spec.double_quant,
     )
 
 
-def group_size_for(wanted: int | None, shapes: Mapping[str, Sequence[int]]) -> int:
-    """`wanted` when it divides every layer's inputs; by default the largest usual one that does.
+def _grid_for(spec: AnyQuantizeSpec, wish: Wish) -> Grid:
+    module = FORMATS[spec.format].module
+    try:
+        grid = module.grid_for(wish)
+    except SpecError as error:
+        others = [_with_runtimes(name) for name in FORMATS if name != spec.format and _holds(name, wish)]
+        raise SpecError(
+            error.found,
+            expected=error.expected,
+            remedy=f"--format {' or '.join(others)} has it" if others else error.remedy,
+        ) from error
+    if spec.solver == "hqq" and getattr(grid, "zero", "middle") == "middle":
+        raise SpecError(
+            f"HQQ moves the zero of a grid, and {spec.format}'s has it fixed here",
+            expected="an asymmetric integer grid (--no-symmetric), such as hqq's, awq's or mlx's",
+            remedy="or another solver: --solver search",
+        )
+    if _reorders_groups(spec) and not module.HOLDS_GROUP_ORDER:
+        holding = [name for name, row in FORMATS.items() if row.module.HOLDS_GROUP_ORDER]
+        raise SpecError(
+            f"{spec.format} has no place for groups in another order than the inputs",
+            expected=f"--static-groups, or a format that has: {', '.join(holding)}",
+        )
+    return grid
+
+
+def _reorders_groups(spec: AnyQuantizeSpec) -> bool:
+    return isinstance(spec, GptqSpec) and spec.act_order == "full" and not spec.static_groups
+
+
+def _holds(name: str, wish: Wish) -> bool:
+    if not FORMATS[name].runtimes:
+        return False
+    try:
+        FORMATS[name].module.grid_for(wish)
+    except SpecError:
+        return False
+    return True
+
+
+def _with_runtimes(name: str) -> str:
+    return f"{name} (read by {' and '.join(FORMATS[name].runtimes)})"
+
+
+def group_size_for(wanted: int | None, shapes: Mapping[str, Sequence[int]], usual: Sequence[int]) -> int:
+    """`wanted` when it divides every layer's inputs; by default the first of `usual` that does, or a row.
 
     Raises SpecError that names a layer it does not divide and the sizes that divide all.
     """
     common = math.gcd(*(shape[1] for shape in shapes.values()))
     if wanted is None:
-        return next((size for size in _DEFAULT_GROUPS if common % size == 0), -1)
+        return next((size for size in usual if common % size == 0), -1)
     if wanted == -1 or (wanted > 0 and common % wanted == 0):
         return wanted
     usable = [str(size) for size in reversed(GROUP_SIZES) if common % size == 0]

@@ -49,6 +49,19 @@ class MergeResult:
 
 
 @dataclass(frozen=True)
+class TensorError:
+    """How far a quantized matrix is from the weights it stands for: |W' - W| / |W|.
+
+    `weighted` is the same for its outputs on the calibration inputs, None for methods without data.
+    """
+
+    tensor: str
+    bits: int
+    relative: float
+    weighted: float | None
+
+
+@dataclass(frozen=True)
 class QuantizeResult:
     """A quantized checkpoint and what it took.
 
@@ -58,6 +71,8 @@ class QuantizeResult:
 
     path: Path
     method: str
+    solver: str
+    format: str
     bits: int
     quantized_layers: int
     layers_left: tuple[str, ...]
@@ -66,6 +81,15 @@ class QuantizeResult:
     layer_bits_per_weight: float
     seconds: float
     peak_bytes: int
+    tensors: tuple[TensorError, ...]
+
+    def worst(self, count: int = 5) -> list[TensorError]:
+        """The tensors that lost most: by their outputs where those were seen, else by their values."""
+        return sorted(self.tensors, key=_loss, reverse=True)[:count]
+
+
+def _loss(error: TensorError) -> float:
+    return error.relative if error.weighted is None else error.weighted
 
 
 @dataclass(frozen=True)
@@ -124,3 +148,32 @@ class VerifyResult:
     reference: Evaluation
     candidate: Evaluation
     loss: Difference
+
+
+@dataclass(frozen=True)
+class RuntimeCheck:
+    """What a real runtime made of a checkpoint, against the weights that qexport decodes from it.
+
+    `layers` counts the quantized layers that the runtime has, by class, `stored_layers` those that the file
+    holds codes for; a runtime that `decodes_at_load` may have fewer. `missing` started with random weights,
+    `unexpected` was not read. `difference` is |theirs - ours| / |ours| over the logits of `tokens` tokens,
+    `largest` the largest absolute one, `same_top` the share of tokens whose most likely successor is the
+    same; they are None where there was nothing to compare.
+    """
+
+    model: str
+    runtime: str
+    versions: Mapping[str, str]
+    dtype: str
+    layers: Mapping[str, int]
+    stored_layers: int
+    decodes_at_load: bool
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    problems: tuple[str, ...]
+    tokens: int
+    difference: float | None
+    largest: float | None
+    same_top: float | None
+    tolerance: float

@@ -1,19 +1,25 @@
 """What a user may ask for: one small frozen spec a step, its fields' help beside them.
 
-The command line's options are generated from these fields, so the two cannot drift apart. A method's
-spec has that method's options and no others.
+The command line's options are generated from these fields, so the two cannot drift apart. A solver's
+spec has that solver's options and no others; a method is a preset of solver, grid and format.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from qexport.errors import SpecError
 from qexport.sizes import parse_share, parse_size
 
 Size = Annotated[int, BeforeValidator(parse_size)]
 Share = Annotated[float, BeforeValidator(parse_share)]
+_Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 
 
 class Spec(BaseModel):
@@ -83,56 +89,188 @@ class MergeSpec(ShardSpec):
 class CalibrationSpec(Spec):
     """The text whose activations a calibrated method sees."""
 
-    calibration: str | None = Field(
-        None, description="text, JSON or JSON-lines file; default: the package's own"
+    calibration: _Names = Field(
+        (),
+        description="text, JSON or JSON-lines file, 'self' (the model's own words) or 'default' (the "
+        "package's text), or any with :WEIGHT; default: the package's text",
     )
     samples: int = Field(128, ge=1, description="calibration samples")
     sequence_length: int = Field(512, ge=8, description="tokens a sample; at most what the model can take")
     seed: int = Field(0, ge=0, description="choice of the calibration samples")
 
 
-class BnbSpec(ShardSpec):
-    """bitsandbytes: NF4 with double quantization (4 bits) or LLM.int8 (8 bits). Needs no data."""
+FormatName = Literal[
+    "gptq", "gptq_v2", "awq", "hqq", "hqq-safetensors", "bitsandbytes", "compressed-tensors", "mlx", "eetq"
+]
+MethodName = Literal["rtn", "bnb", "eetq", "hqq", "mlx", "gptq", "awq"]
+Bits = Literal[1, 2, 3, 4, 5, 6, 8]
 
-    packages: ClassVar[tuple[str, ...]] = ("bitsandbytes",)  # whose arithmetic the result depends on
-    method: Literal["bnb"] = "bnb"
-    bits: Literal[4, 8] = Field(4, description="bits a weight")
+
+class WeightsSpec(ShardSpec):
+    """What every solver's spec has: the grid and the format, and which layers take part.
+
+    A format refuses a grid that it has not; None leaves the choice to it.
+    """
+
+    format: FormatName = Field("gptq", description="layout of the files; default: the method's own")
+    bits: Bits = Field(4, description="bits a weight; default: 4, eetq 8")
+    group_size: int | None = Field(
+        None,
+        description="inputs that share a scale, -1 for a whole row; "
+        "default: the format's (128, or 64 for hqq and mlx), or the largest smaller one that divides every "
+        "layer",
+    )
+    symmetric: bool | None = Field(
+        None, description="with 0 in the middle of the codes; default: the format's own"
+    )
+    quant_type: Literal["nf4", "fp4"] | None = Field(
+        None, description="bitsandbytes' 4-bit values; default: nf4"
+    )
+    double_quant: bool | None = Field(
+        None, description="quantize bitsandbytes' 4-bit scales too; default: yes"
+    )
+    override: _Names = Field(
+        (),
+        description="other bits for layers whose names match, 'PATTERN=BITS' or 'PATTERN=BITS:GROUP_SIZE', "
+        "e.g. 'model.layers.0.*=8'; the last that matches counts",
+    )
+    skip: _Names = Field((), description="layers that stay as they are, a pattern such as '*.down_proj'")
+    lm_head: bool = Field(False, description="quantize the output head too")
+    embeddings: bool = Field(False, description="quantize the input embeddings too")
 
 
-class RtnSpec(ShardSpec):
-    """Round to nearest on the symmetric integer grid, in GPTQ's layout. Needs no data."""
+class RtnSpec(WeightsSpec):
+    """Round to nearest. Needs no data."""
+
+    packages: ClassVar[tuple[str, ...]] = ("torch",)  # whose arithmetic the result depends on
+    method: MethodName = "rtn"
+    solver: Literal["rtn"] = "rtn"
+
+
+class SearchSpec(WeightsSpec):
+    """Scales that make the squared error of rounding smallest. Needs no data."""
 
     packages: ClassVar[tuple[str, ...]] = ("torch",)
-    method: Literal["rtn"] = "rtn"
-    bits: Literal[2, 3, 4, 8] = Field(4, description="bits a weight")
-    group_size: int | None = Field(
-        None,
-        description="inputs that share a scale, -1 for a whole row; "
-        "default: 128, or the largest of 64 and 32 that divides every layer",
-    )
+    method: MethodName = "mlx"
+    solver: Literal["search"] = "search"
+    format: FormatName = Field("mlx", description="layout of the files")
 
 
-class GptqSpec(ShardSpec, CalibrationSpec):
-    """GPTQ: error feedback through the inverse Hessian, on RTN's grid and in its layout."""
+class HqqSpec(WeightsSpec):
+    """HQQ: zeros by half-quadratic optimization. Needs no data."""
+
+    packages: ClassVar[tuple[str, ...]] = ("torch",)
+    method: MethodName = "hqq"
+    solver: Literal["hqq"] = "hqq"
+    format: FormatName = Field("hqq", description="layout of the files")
+
+
+class GptqSpec(WeightsSpec, CalibrationSpec):
+    """GPTQ: error feedback through the inverse Hessian."""
 
     packages: ClassVar[tuple[str, ...]] = ("torch", "transformers")
-    method: Literal["gptq"] = "gptq"
-    bits: Literal[2, 3, 4, 8] = Field(4, description="bits a weight")
-    group_size: int | None = Field(
-        None,
-        description="inputs that share a scale, -1 for a whole row; "
-        "default: 128, or the largest of 64 and 32 that divides every layer",
-    )
+    method: MethodName = "gptq"
+    solver: Literal["gptq"] = "gptq"
     damp: float = Field(0.01, gt=0, lt=1, description="damping, a share of the Hessian's mean diagonal")
+    act_order: Literal["none", "full", "group-aware"] = Field(
+        "full",
+        description="order of the inputs: as they are, the busiest first, or the busiest first without "
+        "leaving their groups",
+    )
+    static_groups: bool = Field(
+        True,
+        description="fit all scales before the first error is fed back; without it, a full order goes into "
+        "the file (desc_act), which runtimes read more slowly",
+    )
+    search_scales: bool = Field(
+        True, description="fit scales to the error that the Hessian's diagonal weighs, not to the range"
+    )
+    true_sequential: bool = Field(
+        True, description="within a block, let each layer see what those before it became"
+    )
 
 
-METHODS: dict[str, type[BnbSpec | RtnSpec | GptqSpec]] = {
-    "bnb": BnbSpec,
-    "gptq": GptqSpec,
+class AwqSearch(Spec):
+    """How AWQ looks for its scales."""
+
+    grid_points: int = Field(20, ge=1, description="scales and clips that AWQ tries")
+    clip: bool = Field(True, description="let AWQ search how far to clip each group")
+
+
+class AwqSpec(WeightsSpec, CalibrationSpec, AwqSearch):
+    """AWQ: channels that the activations make important are scaled up before rounding."""
+
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    method: MethodName = "awq"
+    solver: Literal["awq"] = "awq"
+    format: FormatName = Field("awq", description="layout of the files")
+
+
+class AwqGptqSpec(GptqSpec, AwqSearch):
+    """AWQ's scaling, then GPTQ on the scaled weights."""
+
+    method: MethodName = "awq"
+    solver: Literal["awq+gptq"] = "awq+gptq"  # type: ignore[assignment]
+    format: FormatName = Field("awq", description="layout of the files")
+
+
+AnyQuantizeSpec = RtnSpec | SearchSpec | HqqSpec | GptqSpec | AwqSpec | AwqGptqSpec
+QuantizeSpec = Annotated[AnyQuantizeSpec, Field(discriminator="solver")]
+SOLVERS: dict[str, type[AnyQuantizeSpec]] = {
     "rtn": RtnSpec,
+    "search": SearchSpec,
+    "hqq": HqqSpec,
+    "gptq": GptqSpec,
+    "awq": AwqSpec,
+    "awq+gptq": AwqGptqSpec,
 }
-AnyQuantizeSpec = BnbSpec | GptqSpec | RtnSpec
-QuantizeSpec = Annotated[AnyQuantizeSpec, Field(discriminator="method")]
+
+
+class Preset(NamedTuple):
+    """What a method's name stands for on the three axes."""
+
+    solver: str
+    format: FormatName
+    bits: Bits = 4
+
+
+# A new method is a row. Options that the user gives go before it.
+METHODS: dict[MethodName, Preset] = {
+    "rtn": Preset("rtn", "gptq"),
+    "bnb": Preset("rtn", "bitsandbytes"),
+    "eetq": Preset("rtn", "eetq", bits=8),
+    "hqq": Preset("hqq", "hqq"),
+    "mlx": Preset("search", "mlx"),
+    "gptq": Preset("gptq", "gptq"),
+    "awq": Preset("awq", "awq"),
+}
+
+
+def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` of a spec, `method` among them, with what the method's preset adds to them.
+
+    Raises SpecError for a name of a method or of a solver that is none, with the nearest right one.
+    """
+    method, solver = options.get("method"), options.get("solver")
+    for what, found, known in (("method", method, METHODS), ("solver", solver, SOLVERS)):
+        if found not in known and (found is not None or what == "method"):
+            near = difflib.get_close_matches(str(found), known, n=1)
+            raise SpecError(
+                f"there is no {what} {found!r}",
+                expected=", ".join(known),
+                remedy=f"did you mean {near[0]}?" if near else "",
+            )
+    preset = METHODS[method]  # type: ignore[index]
+    return {**preset._asdict(), **{name: value for name, value in options.items() if value is not None}}
+
+
+def spec_of(method: str, **options: Any) -> AnyQuantizeSpec:
+    """The spec of a method with some options, `solver` and `format` among them.
+
+    Raises SpecError for a name that is none, pydantic's ValidationError for a value that does not fit.
+    """
+    values = with_preset({"method": method, **options})
+    return SOLVERS[values["solver"]].model_validate(values)
 
 
 class VerifySpec(Spec):

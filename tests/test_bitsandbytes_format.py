@@ -1,4 +1,5 @@
-"""bitsandbytes' layouts: what it and transformers write is decoded to what it computes itself."""
+"""bitsandbytes' layouts: what it and transformers write is decoded to what it computes itself, and what we
+write is read by them."""
 
 from __future__ import annotations
 
@@ -13,10 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qexport
-from qexport.errors import CorruptFileError, UnsupportedModelError
+from qexport.errors import CorruptFileError, SpecError, UnsupportedModelError
+from qexport.formats import bitsandbytes as ours_format
+from qexport.formats.format import Facts, Wish
+from qexport.grids.bnb4 import Bnb4Grid
+from qexport.grids.grid import encode
+from qexport.grids.int8_rows import Int8RowGrid
+from qexport.grids.integer import IntegerGrid
 from qexport.modeling.skeleton import build_skeleton
 from qexport.modeling.whole import load_whole
-from tests.tiny import edit_weights, in_transformers, logits, tiny_model, tokens
+from tests.tiny import edit_json, edit_weights, in_transformers, logits, tiny_model, tokens
 
 bnb: Any = bitsandbytes
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -341,3 +348,226 @@ def test_codes_without_any_scales_are_no_weights(tmp_path: Path, dtype: torch.dt
     path = bnb_file(tmp_path / "file", {"m.weight": torch.zeros(6, 40, dtype=dtype)})
     with pytest.raises(CorruptFileError, match=r"m.weight is torch.u?int8 and has no scales"):
         list(qexport.open_checkpoint(path).names())
+
+
+FOUR_BITS = [Bnb4Grid(kind, double) for kind in ("nf4", "fp4") for double in (True, False)]
+
+
+def facts(
+    grids: dict[str, Any], left: list[str], common: Any = None, dtype: torch.dtype = torch.float16
+) -> Facts:
+    common = common or next(iter(grids.values()))
+    return Facts(grids=grids, left=left, common=common, dtype=dtype, model_type="llama")
+
+
+def written(source: Path, out: Path, grid: Any, *, left: tuple[str, ...] = ("lm_head",)) -> Path:
+    """A checkpoint with all linear layers but `left` as codes of our own."""
+    dtype = qexport.open_checkpoint(source).info("model.norm.weight").dtype
+    grids: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if tensor.ndim != 2 or "embed_tokens" in name or module in left:
+            tensors[name] = tensor
+            continue
+        made = ours_format.encode(module, encode(grid, tensor, grid.fit(tensor)), grid)
+        layout = [
+            (info.name, info.dtype, info.shape) for info in ours_format.layout(module, tensor.shape, grid)
+        ]
+        assert layout == [(name, part.dtype, tuple(part.shape)) for name, part in made.items()]
+        assert ours_format.obstacle(tensor.shape, grid) is None
+        grids[module] = grid
+        tensors |= made
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text((source / "config.json").read_text())
+    edit_json(out / "config.json", **ours_format.config_entries(facts(grids, list(left), dtype=dtype)))
+    ours_format.finish(out)
+    return out
+
+
+def plain_model(source: Path, path: Path, names: list[str]) -> Any:
+    """transformers' model of `source` with the weights that `path` decodes to, in fp32."""
+    model = in_transformers(source, dtype=torch.float32)
+    ours = qexport.open_checkpoint(path)
+    with torch.no_grad():
+        for name in names:
+            assert ours.is_quantized(f"{name}.weight")
+            model.get_submodule(name).weight.copy_(ours.read(f"{name}.weight"))
+    return model
+
+
+def tolerance(grid: Bnb4Grid | Int8RowGrid) -> float:
+    """Of logits: the kernels round activations to bf16 or, for 8 bits, to int8 as well."""
+    return 0.03 if isinstance(grid, Bnb4Grid) else 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("grid", [*FOUR_BITS, Int8RowGrid()], ids=str)
+def test_transformers_loads_what_is_written(
+    llama: Path, tmp_path: Path, grid: Bnb4Grid | Int8RowGrid, dtype: torch.dtype
+) -> None:
+    source = llama if dtype == torch.float16 else tiny_model(tmp_path / "model", dtype=dtype)
+    if isinstance(grid, Bnb4Grid):
+        grid = Bnb4Grid(grid.kind, grid.double_quant, dtype=dtype)
+    path = written(source, tmp_path / "out", grid)
+    model = in_transformers(path, device_map="cpu")
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    converted = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    assert len(converted) == 14
+    ours = qexport.open_checkpoint(path)
+    for name, module in converted.items():
+        if isinstance(grid, Bnb4Grid):
+            state = module.weight.quant_state
+            assert state.dtype == dtype
+            assert (state.quant_type, state.nested) == (grid.kind, grid.double_quant)
+            assert tuple(state.shape) == ours.info(f"{name}.weight").shape
+            expected = dequantized(module.weight.data, state)
+        else:
+            expected = bnb.functional.int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+        torch.testing.assert_close(ours.read(f"{name}.weight"), expected, rtol=1e-6, atol=0)
+        assert ours.info(f"{name}.weight").dtype == dtype
+    # anew, for the look at the state has changed it
+    found = logits(in_transformers(path, device_map="cpu"), tokens())
+    plain = logits(plain_model(source, path, list(converted)), tokens())
+    assert (found - plain).norm() < tolerance(grid) * plain.norm()
+
+
+@pytest.mark.parametrize("grid", [Bnb4Grid(), Int8RowGrid()], ids=str)
+@pytest.mark.parametrize("left", [(), ("model.layers.1.mlp.up_proj",)])
+def test_a_quantized_head_is_read(
+    tmp_path: Path, grid: Bnb4Grid | Int8RowGrid, left: tuple[str, ...]
+) -> None:
+    source = tiny_model(tmp_path / "model", tied=False)
+    path = written(source, tmp_path / "out", grid, left=left)
+    model = in_transformers(path, device_map="cpu")
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    converted = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    assert len(converted) == 15 - len(left)
+    assert "lm_head" in converted
+    assert not set(left) & set(converted)
+    found, plain = logits(model, tokens()), logits(plain_model(source, path, converted), tokens())
+    assert (found - plain).norm() < tolerance(grid) * plain.norm()
+
+
+@pytest.mark.parametrize("grid", [Bnb4Grid("fp4", double_quant=False), Int8RowGrid()], ids=str)
+def test_transposed_layers_are_read(tmp_path: Path, grid: Bnb4Grid | Int8RowGrid) -> None:
+    """GPT-2's Conv1D is [in, out]; its codes are stored as those of a linear layer."""
+    sizes: dict[str, Any] = {"n_embd": 128, "num_hidden_layers": 1, "n_head": 4, "n_positions": 64}
+    source = tiny_model(tmp_path / "model", model_type="gpt2", **sizes)
+    tensors = load_file(source / "model.safetensors")
+    grids: dict[str, Any] = {}
+    for name in [name for name in tensors if ".c_" in name and name.endswith(".weight")]:
+        module, weight = name.removesuffix(".weight"), tensors.pop(name).T.contiguous()
+        tensors |= ours_format.encode(module, encode(grid, weight, grid.fit(weight)), grid)
+        grids[module] = grid
+    assert len(grids) == 4
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    edit_json(source / "config.json", **ours_format.config_entries(facts(grids, ["lm_head"])))
+    model = in_transformers(source, device_map="cpu")
+    ours = qexport.open_checkpoint(source)
+    for module in grids:
+        loaded = model.get_submodule(module)
+        if isinstance(grid, Bnb4Grid):
+            expected = dequantized(loaded.weight.data, loaded.weight.quant_state)
+        else:
+            expected = bnb.functional.int8_vectorwise_dequant(loaded.weight.data, loaded.weight.SCB)
+        # the checkpoint speaks of [in, out], as the model does
+        torch.testing.assert_close(ours.read(f"{module}.weight"), expected.T, rtol=1e-6, atol=0)
+    assert bool(logits(in_transformers(source, device_map="cpu"), tokens()).isfinite().all())
+
+
+@pytest.mark.parametrize("grid", FOUR_BITS, ids=str)
+@pytest.mark.parametrize("shape", [(96, 128), (7, 33), (640, 640)])
+def test_four_bits_are_named_and_typed_as_bitsandbytes_does(grid: Bnb4Grid, shape: tuple[int, int]) -> None:
+    """Ragged shapes too, which `obstacle` keeps from being written."""
+    weight = weights(*shape).half()
+    expected, state = four_bit(weight, grid.kind, grid.double_quant)
+    made = ours_format.encode("m", grid.quantize(weight), grid)
+    layout = {info.name: (info.dtype, info.shape) for info in ours_format.layout("m", shape, grid)}
+    assert layout == {name: (part.dtype, tuple(part.shape)) for name, part in made.items()}
+    told = f"m.weight.quant_state.bitsandbytes__{grid.kind}"
+    assert made.keys() == expected.keys()
+    for name, part in expected.items():
+        if name == told:
+            assert json.loads(made[name].numpy().tobytes()) == json.loads(part.numpy().tobytes())
+        elif name != "m.weight" or not grid.double_quant:  # where ours are chosen against what is stored
+            assert made[name].dtype == part.dtype
+            assert torch.equal(made[name], part)
+    assert made["m.weight"].shape == expected["m.weight"].shape
+    parts = {name.removeprefix("m.weight."): part for name, part in made.items() if name != "m.weight"}
+    theirs = bnb.functional.QuantState.from_dict(parts, torch.device("cpu"))
+    assert theirs.nested == state.nested == grid.double_quant
+
+
+def test_config_entries_are_those_of_transformers() -> None:
+    from transformers import BitsAndBytesConfig
+
+    kind: Any = BitsAndBytesConfig
+    theirs = kind(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=["b", "lm_head"],
+    ).to_dict()
+    made = ours_format.config_entries(facts({"a": Bnb4Grid()}, ["b"], dtype=torch.bfloat16))
+    assert made == {"quantization_config": {**theirs, "quant_method": "bitsandbytes"}}
+    theirs = kind(load_in_8bit=True, llm_int8_skip_modules=["lm_head"]).to_dict()
+    made = ours_format.config_entries(facts({"a": Int8RowGrid()}, ["lm_head"], dtype=torch.float32))
+    assert made == {"quantization_config": {**theirs, "quant_method": "bitsandbytes"}}
+    fp4 = Bnb4Grid("fp4", double_quant=False)
+    made = ours_format.config_entries(facts({}, [], fp4))["quantization_config"]
+    assert (made["bnb_4bit_quant_type"], made["bnb_4bit_use_double_quant"]) == ("fp4", False)
+    assert ours_format.extra_files({"quantization_config": made}) == {}
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        (Int8RowGrid(), "layers of int8 and nf4 with double quantization; one grid for all layers"),
+        (Bnb4Grid(double_quant=False), "layers of nf4 and nf4 with double"),
+        (Bnb4Grid("fp4"), "layers of fp4 with double quantization and nf4"),
+        (IntegerGrid(4, 64), "layers of IntegerGrid and nf4"),
+    ],
+)
+def test_several_grids_are_refused(other: Any, match: str) -> None:
+    with pytest.raises(SpecError, match=match):
+        ours_format.config_entries(facts({"a": Bnb4Grid(), "b": other}, []))
+    ours_format.config_entries(facts({"a": Bnb4Grid(), "b": Bnb4Grid()}, []))
+
+
+def test_the_grids_of_wishes() -> None:
+    half, brain = torch.float16, torch.bfloat16
+    assert ours_format.grid_for(Wish(4)) == Bnb4Grid("nf4", True, 64, half)
+    assert ours_format.grid_for(Wish(4, 64, True, brain, "fp4", False)) == Bnb4Grid("fp4", False, 64, brain)
+    assert ours_format.grid_for(Wish(4, codebook="nf4", double_quant=True)) == Bnb4Grid()
+    assert ours_format.grid_for(Wish(8)) == ours_format.grid_for(Wish(8, -1, True, brain)) == Int8RowGrid()
+
+
+@pytest.mark.parametrize(
+    ("wish", "match"),
+    [
+        (Wish(3), r"bitsandbytes with 3 bits; 4 \(nf4 or fp4\) or 8"),
+        (Wish(4, group_size=128), "4 bits in groups of 128; blocks of 64"),
+        (Wish(4, group_size=-1), "4 bits in groups of -1; blocks of 64"),
+        (Wish(8, group_size=64), "8 bits in groups of 64; one scale a row"),
+        (Wish(4, symmetric=False), "zero points; a symmetric grid"),
+        (Wish(8, symmetric=False), "zero points; a symmetric grid"),
+        (Wish(4, codebook="af4"), "codebook 'af4'; nf4 or fp4"),
+        (Wish(8, codebook="nf4"), "with 8 bits; either with 4 bits alone"),
+        (Wish(8, double_quant=False), "with 8 bits; either with 4 bits alone"),
+    ],
+)
+def test_other_grids_are_refused(wish: Wish, match: str) -> None:
+    with pytest.raises(SpecError, match=match):
+        ours_format.grid_for(wish)
+
+
+def test_obstacles() -> None:
+    four, eight = Bnb4Grid(), Int8RowGrid()
+    assert ours_format.obstacle((128, 352), eight) is None
+    assert ours_format.obstacle((96, 128), four) is None
+    reason = "sides that are no multiples of 32 and 64, which bitsandbytes cannot read on a CPU"
+    assert ours_format.obstacle((128, 352), four) == reason
+    assert ours_format.obstacle((40, 128), four) == reason

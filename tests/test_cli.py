@@ -62,7 +62,7 @@ def test_summaries_of_the_commands_are_their_own(cli: RunCli) -> None:
         (["shard", "x", "-o", "y", "--max-shard-size", "0GB"], "a size must be positive"),
         (["shard", "x", "-o", "y", "--max-shard"], "did you mean '--max-shard-size'"),
         (["shard", "", "-o", "y"], "the model's name is empty"),
-        (["verify", "x"], "Missing option '--reference'"),
+        (["verify", "x"], "nothing to verify against"),
         (["demo", "extra"], "unexpected extra argument (extra)"),
     ],
 )

@@ -19,7 +19,7 @@ from qexport.graph.llamafactory import LLAMA_FACTORY
 from qexport.graph.recipe import ExportRecipe, parse_recipe
 from qexport.graph.run import ExportResult
 from qexport.graph.swift import SWIFT
-from qexport.specs import BnbSpec, GptqSpec, MergeSpec
+from qexport.specs import GptqSpec, MergeSpec, spec_of
 from tests.conftest import RunCli
 from tests.tiny import in_transformers, logits, tiny_adapter, tokens
 
@@ -232,8 +232,32 @@ def test_adapter_folder_is_within_each_adapter(places: dict[str, Any], tmp_path:
 
 def test_the_base_quantized_on_the_fly(places: dict[str, Any]) -> None:
     content = factory(places, adapter_name_or_path=None, quantization_bit=8, quantization_method="bnb")
-    assert parsed(content).quantize == BnbSpec(bits=8)
+    assert parsed(content).quantize == spec_of("bnb", bits=8)
     assert "quantization_bit: it quantizes the base" in refusal(factory(places, quantization_bit=4))
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"quant_method": "awq", "quant_bits": 4}, ("awq", "awq", 4)),
+        ({"quant_method": "gptq_v2", "quant_bits": 3}, ("gptq", "gptq_v2", 3)),
+        ({"quant_method": "hqq", "quant_bits": 2}, ("hqq", "hqq", 2)),
+        ({"quant_method": "eetq"}, ("eetq", "eetq", 8)),
+        (
+            {"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": "fp4"},
+            ("bnb", "bitsandbytes", 4),
+        ),
+    ],
+)
+def test_each_method_of_swift_has_its_own_here(
+    keys: dict[str, Any], expected: tuple[str, str, int], places: dict[str, Any]
+) -> None:
+    recipe = parsed(swift(places, **keys, dataset=str(places["text"])))
+    spec = recipe.quantize
+    assert isinstance(recipe, ModelRecipe)
+    assert spec
+    assert (spec.method, spec.format, spec.bits) == expected
+    assert spec.quant_type == keys.get("bnb_4bit_quant_type", "nf4" if spec.method == "bnb" else None)
 
 
 def test_keys_without_effect_are_told(places: dict[str, Any]) -> None:
@@ -394,7 +418,7 @@ def test_every_swift_key_reaches_its_spec(places: dict[str, Any]) -> None:
         "bnb_4bit_use_double_quant": True,
         "output_dir": "Qwen2.5-1.5B-Instruct-BNB-NF4",
     }
-    assert parsed(content).quantize == BnbSpec(bits=4)
+    assert parsed(content).quantize == spec_of("bnb", bits=4, quant_type="nf4", double_quant=True)
     rope = {"rope_scaling": '{"type": "yarn", "factor": 4}'}
     recipe = parsed(
         swift(
@@ -443,17 +467,17 @@ def test_swift_quantizes_what_it_merged(places: dict[str, Any]) -> None:
         ({"adapters": None}, "merge_lora: there are no adapters to merge"),
         ({"adapters": None, "merge_lora": None, "output_dir": None}, "the key 'output_dir' is missing"),
         ({"quant_bits": 4}, "the key 'quant_method' is missing"),
-        ({"quant_method": "awq", "quant_bits": 4}, "quant_method: awq is not there yet; gptq or bnb so far"),
+        ({"quant_method": "quanto", "quant_bits": 4}, "quant_method: quanto is not there yet; gptq"),
         ({"quant_method": "fp8"}, "quant_method: fp8 is not there yet"),
         ({"quant_method": "gtpq"}, "quant_method: input should be 'awq'"),
         ({"quant_method": "bnb", "quant_bits": 3}, "quant_bits: bnb has 4 or 8, found 3"),
         ({"quant_method": "gptq"}, "quant_bits: gptq has 2, 3, 4 or 8, found None"),
-        ({"quant_method": "gptq", "quant_bits": 4}, "dataset: gptq calibrates on one file, found none"),
+        ({"quant_method": "gptq", "quant_bits": 4}, "dataset: gptq calibrates on files, found none"),
         (
             {"quant_method": "gptq", "quant_bits": 4, "dataset": "AI-ModelScope/alpaca-gpt4-data-en#500"},
             "take '#' and the number away; quant_n_samples",
         ),
-        ({"bnb_4bit_quant_type": "fp4"}, "bnb_4bit_quant_type: input should be 'nf4', found 'fp4'"),
+        ({"bnb_4bit_quant_type": "nf3"}, "bnb_4bit_quant_type: input should be 'nf4' or 'fp4'"),
         ({"rope_scaling": "yarn"}, 'rope_scaling: write it as {"rope_type": "yarn", "factor": 2.0}'),
         (
             {"rope_scaling": {"rope_type": "yarn", "factor": 0.5}},

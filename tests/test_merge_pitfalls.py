@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import qexport
 from qexport.errors import AdapterError, NonFiniteError, OutputExistsError, SpecError
 from qexport.events import Noted
-from qexport.specs import BnbSpec, MergeSpec, ShardSpec
+from qexport.specs import MergeSpec, ShardSpec, spec_of
 from tests.adapters import BASES, make_adapter
 from tests.tiny import edit_json, in_transformers, logits, tiny_adapter, tiny_model, tokens
 
@@ -273,7 +273,7 @@ def test_what_was_merged_is_remembered_by_what_is_made_of_it(tmp_path: Path) -> 
     qexport.merge(base, [one], tmp_path / "merged")
     qexport.merge(tmp_path / "merged", [two], tmp_path / "both")
     qexport.shard(tmp_path / "both", tmp_path / "sharded", ShardSpec(max_shard_size="200KB"))
-    qexport.quantize(tmp_path / "sharded", tmp_path / "four", BnbSpec())
+    qexport.quantize(tmp_path / "sharded", tmp_path / "four", spec_of("bnb"))
     for made in ("merged", "both", "sharded", "four"):
         with pytest.raises(AdapterError, match=rf"is merged into .*{made} already"):
             qexport.merge(

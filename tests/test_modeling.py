@@ -67,9 +67,10 @@ def test_the_input_of_an_inner_layer(llama: Path) -> None:
     layer = model.model.layers[0].mlp.down_proj
     layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     logits(model, tokens())
+    found: dict[str, torch.Tensor] = {}
     with stream.block(0):
-        found = stream.run_until(0, hidden, "mlp.down_proj")
-    torch.testing.assert_close(found, seen[0], rtol=1e-5, atol=1e-6)
+        assert stream.inputs(0, hidden, ["mlp.down_proj"], found.__setitem__) is None  # it stopped there
+    torch.testing.assert_close(found["mlp.down_proj"], seen[0], rtol=1e-5, atol=1e-6)
 
 
 def test_the_whole_model_at_once(llama: Path) -> None:

@@ -20,7 +20,7 @@ from qexport.grids.integer import IntegerGrid
 from qexport.modeling.skeleton import build_skeleton
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.modeling.whole import load_whole
-from qexport.specs import AnyQuantizeSpec, BnbSpec, GptqSpec, RtnSpec
+from qexport.specs import AnyQuantizeSpec, GptqSpec, RtnSpec, spec_of
 from tests.conftest import RunCli
 from tests.tiny import edit_json, edit_weights, in_transformers, logits, tiny_model, tokens
 
@@ -41,7 +41,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_bnb_is_what_transformers_and_bitsandbytes_load(tmp_path: Path, bits: int) -> None:
     # from 32 bits, so that bitsandbytes' own decoder rounds to 32 bits and equality is exact
     model = tiny_model(tmp_path / "model", dtype=torch.float32)
-    qexport.quantize(model, tmp_path / "out", BnbSpec.model_validate({"bits": bits}))
+    qexport.quantize(model, tmp_path / "out", spec_of("bnb", bits=bits))
     theirs = in_transformers(tmp_path / "out")
     ours = qexport.open_checkpoint(tmp_path / "out")
     compared = 0
@@ -61,7 +61,7 @@ def test_bnb_is_what_transformers_and_bitsandbytes_load(tmp_path: Path, bits: in
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_bnb_bytes_are_those_that_transformers_writes(llama: Path, tmp_path: Path, bits: int) -> None:
+def test_bnb_tensors_are_those_that_transformers_writes(llama: Path, tmp_path: Path, bits: int) -> None:
     from transformers import BitsAndBytesConfig
 
     settings: Any = BitsAndBytesConfig
@@ -72,7 +72,7 @@ def test_bnb_bytes_are_those_that_transformers_writes(llama: Path, tmp_path: Pat
     )
     model = in_transformers(llama, quantization_config=config, device_map="cpu", dtype=torch.float16)
     model.save_pretrained(tmp_path / "theirs")
-    qexport.quantize(llama, tmp_path / "ours", BnbSpec.model_validate({"bits": bits}))
+    qexport.quantize(llama, tmp_path / "ours", spec_of("bnb", bits=bits))
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     ours = load_file(tmp_path / "ours" / "model.safetensors")
     assert set(ours) == set(theirs)
@@ -80,8 +80,17 @@ def test_bnb_bytes_are_those_that_transformers_writes(llama: Path, tmp_path: Pat
         if "quant_state" in name:  # JSON: ours is padded with spaces to a size known beforehand
             read = [json.loads(bytes(t.numpy().tobytes())) for t in (ours[name], tensor)]
             assert read[0] == read[1]
+        elif "proj" in name and name.endswith(".weight"):
+            # bitsandbytes chooses 4-bit codes before it quantizes their scales, and rounds ties its own way
+            assert (ours[name] != tensor).float().mean() < 0.02, name
         else:
             assert torch.equal(ours[name], tensor), name
+    full = {n: t.float() for n, t in load_file(llama / "model.safetensors").items() if "proj" in n}
+    errors = [
+        sum(float((checkpoint.read(n) - t).square().sum()) for n, t in full.items())
+        for checkpoint in map(qexport.open_checkpoint, (tmp_path / "ours", tmp_path / "theirs"))
+    ]
+    assert errors[0] <= errors[1]
 
 
 def test_gptq_keeps_outputs_better_than_rounding(llama: Path, text: Path, tmp_path: Path) -> None:
@@ -109,7 +118,7 @@ def test_rtn_decodes_to_its_own_grid(llama: Path, tmp_path: Path, bits: int) -> 
     name = f"{Q_PROJ}.weight"
     weight = original.read(name)
     assert written.is_quantized(name)
-    assert torch.equal(written.read(name), grid.decode(grid.quantize(weight)))
+    assert torch.equal(written.read(name), grid.decode(grid.encode(weight, grid.fit(weight))))
     norm = "model.norm.weight"
     assert torch.equal(written.read(norm), original.read(norm))
     assert result.quantized_layers == 14
@@ -144,7 +153,7 @@ def test_llama_like_architectures(model_type: str, text: Path, tmp_path: Path) -
     extra: dict[str, Any] = {"head_dim": 32} if model_type in ("qwen3", "mistral") else {}
     model = tiny_model(tmp_path / "model", model_type=model_type, tied=False, **extra)
     spec = GptqSpec(calibration=str(text), samples=4, sequence_length=32)
-    for chosen in (spec, RtnSpec(bits=8), BnbSpec()):
+    for chosen in (spec, RtnSpec(bits=8), spec_of("bnb")):
         out = tmp_path / chosen.method
         assert qexport.quantize(model, out, chosen).quantized_layers == 14
         full, ours = logits(decoded(model), tokens()), logits(decoded(out), tokens())
@@ -176,7 +185,7 @@ def test_widths_that_the_layout_cannot_hold_stay_as_they_were(text: Path, tmp_pa
         assert "mlp.up_proj" not in config["modules_in_block_to_quantize"][0]
     assert any("6 of 14 linear layers stay in full precision" in str(note) for note in notes)
     # bitsandbytes' CPU kernels refuse 172 outputs, and misread 172 inputs (no whole blocks of 64)
-    assert len(qexport.quantize(model, tmp_path / "bnb", BnbSpec()).layers_left) == 6
+    assert len(qexport.quantize(model, tmp_path / "bnb", spec_of("bnb")).layers_left) == 6
     theirs = in_transformers(tmp_path / "bnb")
     assert relative_error(logits(theirs, tokens()), logits(decoded(tmp_path / "bnb"), tokens())) < 0.03
 
@@ -199,15 +208,13 @@ def test_nan_weights_are_named_before_the_work(llama: Path, text: Path, tmp_path
 
 
 def test_what_cannot_be_quantized_says_so(llama: Path, text: Path, tmp_path: Path) -> None:
-    qexport.quantize(llama, tmp_path / "four", BnbSpec())
+    qexport.quantize(llama, tmp_path / "four", spec_of("bnb"))
     with pytest.raises(UnsupportedModelError, match="is quantized already"):
         qexport.quantize(tmp_path / "four", tmp_path / "out", RtnSpec())
-    stranger = tiny_model(
-        tmp_path / "opt", model_type="opt", num_attention_heads=4, ffn_dim=256, word_embed_proj_dim=128
-    )
-    with pytest.raises(UnsupportedModelError, match="no architecture row for 'opt'"):
+    stranger = tiny_model(tmp_path / "granite", model_type="granite")
+    with pytest.raises(UnsupportedModelError, match=r"no architecture row for 'granite'.*bnb, eetq, rtn"):
         qexport.quantize(stranger, tmp_path / "out", GptqSpec(calibration=str(text)))
-    assert qexport.quantize(stranger, tmp_path / "opt-rtn", RtnSpec()).quantized_layers == 12
+    assert qexport.quantize(stranger, tmp_path / "granite-rtn", RtnSpec()).quantized_layers == 14
     with pytest.raises(CalibrationError, match="is no file"):
         qexport.quantize(llama, tmp_path / "out", GptqSpec(calibration="nowhere.txt"))
 
@@ -223,10 +230,13 @@ def test_too_little_text_is_told(llama: Path, tmp_path: Path) -> None:
 def test_cli_refuses_options_and_bits_of_other_methods(llama: Path, tmp_path: Path, cli: RunCli) -> None:
     out = tmp_path / "out"
     code, _, err = cli("quantize", llama, "-o", out, "--method", "bnb", "--bits", "3")
-    assert (code, err) == (2, "error: bnb has 4, 8 bits, not 3\n")
+    assert code == 2
+    assert err.startswith("error: ")
+    assert "3 bits" in err
+    assert "mlx (read by mlx-lm)" in err
     code, _, err = cli("quantize", llama, "-o", out, "--method", "bnb", "--damp", "0.1")
     assert code == 2
-    assert err.startswith("error: --damp is no option of bnb; it takes --max-shard-size, --bits")
+    assert err.startswith("error: --damp is no option of solver rtn; it takes --max-shard-size, --format")
     code, _, err = cli("quantize", llama, "-o", out, "--method", "gptq", "--damp", "3")
     assert (code, err) == (2, "error: --damp 3.0: it should be less than 1\n")
     code, _, err = cli("quantize", llama, "-o", out, "--method", "gtpq")
@@ -241,17 +251,11 @@ def test_a_checkpoint_that_is_not_its_configs_model_is_refused_at_once(llama: Pa
         qexport.quantize(path, tmp_path / "out", RtnSpec())
     edit_json(path / "config.json", num_hidden_layers=2, intermediate_size=128)
     with pytest.raises(UnsupportedModelError, match="6 tensors of the wrong shape"):
-        qexport.quantize(path, tmp_path / "out", BnbSpec())
-
-
-def test_experts_are_not_left_out_in_silence(tmp_path: Path) -> None:
-    path = tiny_model(tmp_path / "model", model_type="mixtral", tied=False, num_local_experts=2)
-    with pytest.raises(UnsupportedModelError, match=r"does not hold the model of its config.json"):
-        qexport.quantize(path, tmp_path / "out", RtnSpec())
+        qexport.quantize(path, tmp_path / "out", spec_of("bnb"))
 
 
 def test_weights_of_other_dtypes_are_refused(tmp_path: Path) -> None:
     path = tiny_model(tmp_path / "model", dtype=torch.float64)
-    for spec in (RtnSpec(), BnbSpec()):
+    for spec in (RtnSpec(), spec_of("bnb")):
         with pytest.raises(UnsupportedModelError, match=r"float64; weights in fp16, bf16 or fp32"):
             qexport.quantize(path, tmp_path / "out", spec)

@@ -24,7 +24,7 @@ from qexport.events import Event, Noted
 from qexport.formats.packing import pack, unpack
 from qexport.graph.recipe import parse_recipe
 from qexport.modeling.skeleton import quiet_transformers
-from qexport.specs import BnbSpec, MergeSpec, RtnSpec
+from qexport.specs import MergeSpec, RtnSpec, spec_of
 from tests.conftest import RunCli
 from tests.test_awq_format import awq_model
 from tests.tiny import edit_json, edit_weights, in_transformers, logits, tiny_adapter, tiny_model, tokens
@@ -88,7 +88,7 @@ def four(kind: str, double: bool, storage: str = "uint8") -> Callable[[Path, Pat
 
 def ours_bnb(source: Path, out: Path) -> Weights:
     """What `qexport quantize --method bnb` writes; bitsandbytes' own packed bytes are in it."""
-    qexport.quantize(source, out, BnbSpec(bits=4))
+    qexport.quantize(source, out, spec_of("bnb", bits=4))
     stored = load_file(out / "model.safetensors")
     decoded = {}
     for name in [name for name in stored if name.endswith("_proj.weight")]:
@@ -314,7 +314,7 @@ def test_a_choice_about_a_base_that_is_not_quantized(
     assert weights(tmp_path / "out") == weights(tmp_path / "full")
 
 
-@pytest.mark.parametrize("method", ["magic", "", None, 3, ["gptq"], "hqq", "fp8"])
+@pytest.mark.parametrize("method", ["magic", "", None, 3, ["gptq"], "aqlm", "fp8"])
 def test_an_unknown_quantization_is_refused(
     quantized: Path, lora: Path, tmp_path: Path, cli: RunCli, method: Any
 ) -> None:

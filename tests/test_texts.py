@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from qexport.calibrate.texts import read_documents, read_pairs
-from qexport.calibrate.windows import calibration_windows, opening_token, scored_windows
+from qexport.calibrate.texts import read_documents, read_pairs, read_training_documents
+from qexport.calibrate.windows import calibration_windows, opening_token, packed, scored_windows
 from qexport.errors import CalibrationError, StorageError
 from qexport.modeling.tokenizer import load_tokenizer
 from tests.conftest import shared
@@ -63,6 +63,39 @@ def test_missing_files_and_directories(tmp_path: Path) -> None:
         read_documents(tmp_path)
 
 
+def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
+    texts = ["one\u2028two", "three\x85four", "five\x0csix"]
+    file = tmp_path / "raw.jsonl"
+    lines = [json.dumps({"text": text}, ensure_ascii=False).replace("\\f", "\\u000c") for text in texts]
+    file.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())  # as Windows writes it
+    assert read_documents(file) == texts
+
+
+def test_one_object_over_several_lines_is_one_record(tmp_path: Path) -> None:
+    file = tmp_path / "one.json"
+    file.write_text(json.dumps({"text": "a"}, indent=2))
+    assert read_documents(file) == ["a"]
+    file.write_text(json.dumps({"data": [{"text": "a"}]}, indent=2))
+    with pytest.raises(CalibrationError, match=r"record 1 of .* has no .text.*it has data"):
+        read_documents(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("a.parquet", r"is a parquet file, which is not read.*read_parquet\('a.parquet'\)"),
+        ("a.csv", r"is a csv file, which is not read.*read_csv\('a.csv'\)"),
+        ("a.jsonl.gz", "is a gz file, which is not read.*unpack it"),
+        ("a.jsonl", "does not exist"),
+    ],
+)
+def test_files_of_other_kinds_are_told(tmp_path: Path, name: str, pattern: str) -> None:
+    if "jsonl" not in Path(name).suffix:
+        (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(CalibrationError, match=pattern):
+        read_training_documents(tmp_path / name)
+
+
 def test_pairs(tmp_path: Path) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text('{"prompt": "a", "reference": "b"}\n')
@@ -101,6 +134,21 @@ def test_the_seed_orders_the_documents(tokenizer: Any) -> None:
     )
     assert one.equal(again)
     assert not one.equal(other)
+
+
+def test_windows_are_cut_from_one_stream_and_no_opening_is_doubled() -> None:
+    def windows(samples: int, opening: int | None) -> tuple[list[list[int]], int]:
+        found = packed([[9, 1, 2], [9, 3, 4, 5], [9, 6]], samples=samples, length=4, opening=opening)
+        return found.windows.tolist(), found.documents
+
+    assert windows(2, None) == ([[9, 1, 2, 9], [3, 4, 5, 9]], 3)
+    assert windows(9, None) == ([[9, 1, 2, 9], [3, 4, 5, 9], [6, 9, 1, 2]], 3)  # filled from the start
+    # the first window begins with the document's own 9, the second gets one
+    assert windows(9, 9) == ([[9, 1, 2, 9], [9, 3, 4, 5], [9, 6, 9, 1]], 3)
+    assert windows(1, 9) == ([[9, 1, 2, 9]], 2)
+    assert windows(2, 7) == ([[7, 9, 1, 2], [7, 9, 3, 4]], 2)
+    one = packed([[1]], samples=3, length=4, opening=None)
+    assert one.windows.tolist() == [[1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(("length", "stride"), [(16, 8), (16, 1), (16, 15), (9, 4), (400, 200)])

@@ -17,7 +17,7 @@ import qexport
 import qexport.errors
 from qexport.calibrate.texts import read_documents
 from qexport.errors import CalibrationError, VerificationError
-from qexport.specs import BnbSpec, RtnSpec, VerifySpec
+from qexport.specs import RtnSpec, VerifySpec, spec_of
 from qexport.verification.bleu import bleu, greedy_answers
 from qexport.verification.perplexity import relative_difference, summarize
 from tests.conftest import RunCli, shared
@@ -123,7 +123,8 @@ def test_old_rotary_buffers_are_no_strangers(llama: Path, text: Path, tmp_path: 
 
 
 def test_a_quantized_layer_that_lost_its_scales(llama: Path, text: Path, tmp_path: Path) -> None:
-    for spec, part in ((RtnSpec(), "scales"), (BnbSpec(), "weight.absmax"), (BnbSpec(bits=8), "SCB")):
+    parts = {"scales": RtnSpec(), "weight.absmax": spec_of("bnb"), "SCB": spec_of("bnb", bits=8)}
+    for part, spec in parts.items():
         out = tmp_path / f"{spec.method}{spec.bits}"
         qexport.quantize(llama, out, spec)
         edit_weights(out, **{f"{Q_PROJ}.{part}": None})

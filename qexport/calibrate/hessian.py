@@ -1,30 +1,67 @@
-"""The statistic of GPTQ: the second moment of a layer's inputs."""
+"""What solvers need to know of a layer's inputs: their second moment and their mean size."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 
 from qexport.errors import NonFiniteError
 
 
-class HessianSum:
-    """Sums x x^T over all inputs that it is shown; fp32 [in, in]."""
+class InputStatistics:
+    """Sums x x^T, fp32 [in, in], and |x|, fp64 [in], over all inputs that it is shown."""
 
     def __init__(self, inputs: int) -> None:
-        self._sum = torch.zeros(inputs, inputs)
+        self._products = torch.zeros(inputs, inputs)
+        self._sizes = torch.zeros(inputs, dtype=torch.float64)
         self._count = 0
 
+    @property
+    def abs_sum(self) -> torch.Tensor:
+        """Sum of |x|, fp64 [in]."""
+        return self._sizes
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of the layer."""
+        return len(self._sizes)
+
+    @property
+    def count(self) -> int:
+        """Tokens seen."""
+        return self._count
+
+    @property
+    def too_few(self) -> bool:
+        """Whether the tokens cannot fill the Hessian's rank: some directions were never seen."""
+        return self._count < self.inputs
+
     def add(self, x: torch.Tensor) -> None:
-        """Inputs [..., in] of the layer."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self._sum.addmm_(rows.t(), rows)
+        """Inputs [..., in] of the layer, of any float dtype. Not changed."""
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self._products.addmm_(rows.t(), rows)
+        self._sizes += rows.abs().sum(dim=0)
         self._count += len(rows)
 
     def mean(self, layer: str) -> torch.Tensor:
-        """Mean of x x^T. Raises NonFiniteError, naming `layer`, when an input was not finite."""
-        if not bool(self._sum.isfinite().all()):
+        """Mean of x x^T, fp32 [in, in]; 0 where no token came. The Hessian of GPTQ, but for a factor.
+
+        Raises NonFiniteError, naming `layer`, when an input was not finite.
+        """
+        if not bool(self._products.isfinite().all()):
             raise NonFiniteError(
                 f"the inputs of {layer} are NaN or infinite on the calibration text",
                 remedy="check that the model works in 32 bits at all",
             )
-        return self._sum / max(self._count, 1)
+        return self._products / max(self._count, 1)
+
+
+def mean_abs(seen: Iterable[InputStatistics]) -> torch.Tensor:
+    """Mean of |x| over all tokens of `seen` (experts that share an input, say), fp32 [in]; 0 without tokens.
+
+    At least one; all of the same inputs.
+    """
+    parts = list(seen)
+    total = torch.stack([part.abs_sum for part in parts]).sum(dim=0)
+    return (total / max(sum(part.count for part in parts), 1)).float()

@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qexport.calibrate.records import Document, document_of
 from qexport.checkpoint.disk import exists, read_errors
 from qexport.errors import CalibrationError
 
 _SEPARATOR = "<|endoftext|>"  # between documents in plain text, as TinyStories and others have it
+_JSON = (".json", ".jsonl", ".ndjson")
+_TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+_NOT_READ = (*_TABLES, ".arrow", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
 
 
 def read_documents(path: Path) -> list[str]:
@@ -18,7 +22,7 @@ def read_documents(path: Path) -> list[str]:
     Raises CalibrationError for a file without text, StorageError for one that cannot be read.
     """
     content = read_text(path)
-    if path.suffix in (".json", ".jsonl"):
+    if path.suffix.lower() in _JSON:
         documents = [_text_of(record, path, number) for number, record in _records(content, path)]
     else:
         documents = content.split(_SEPARATOR)
@@ -28,13 +32,54 @@ def read_documents(path: Path) -> list[str]:
     return documents
 
 
+def read_training_documents(path: Path) -> list[Document]:
+    """The texts and conversations of a file in any form that `records` knows, empty ones left out.
+
+    Raises CalibrationError for a record in no such form, a file without text and one of a kind that is not
+    read; StorageError for one that cannot be read.
+    """
+    refuse_tables(path)
+    if path.suffix.lower() not in _JSON:
+        return [*read_documents(path)]
+    found = [
+        document_of(record, f"record {number} of {path}")
+        for number, record in _records(read_text(path), path)
+    ]
+    documents: list[Document] = [
+        document.strip() if isinstance(document, str) else document
+        for document in found
+        if document is not None
+    ]
+    if not documents:
+        raise CalibrationError(f"{path} holds no text")
+    return documents
+
+
+def refuse_tables(path: Path) -> None:
+    """Raises CalibrationError for tables and packed files, by their suffix."""
+    suffix = path.suffix.lower()
+    if suffix not in _NOT_READ:
+        return
+    remedy = "unpack it first"
+    if suffix in _TABLES:
+        remedy = (
+            f"write it as JSON lines with pandas: read_{_TABLES[suffix]}('{path.name}')"
+            f".to_json('{path.stem}.jsonl', orient='records', lines=True)"
+        )
+    raise CalibrationError(
+        f"{path} is a {suffix[1:]} file, which is not read",
+        expected="a text, JSON or JSON-lines file",
+        remedy=remedy,
+    )
+
+
 def read_text(path: Path) -> str:
-    """The file's text as UTF-8."""
+    """The file's text as UTF-8, with or without the mark that Windows puts before it."""
     if not exists(path):
         raise CalibrationError(f"{path} does not exist")
     try:
         with read_errors(path):
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"{path} is not UTF-8 text: {error.reason}") from error
 
@@ -51,8 +96,11 @@ def _records(content: str, path: Path) -> list[tuple[int, Any]]:
 
     if content.lstrip().startswith("["):
         return list(enumerate(parsed(content, ""), start=1))
-    lines = enumerate(content.splitlines(), start=1)
-    return [(number, parsed(line, f"line {number}: ")) for number, line in lines if line.strip()]
+    # only \n ends a line: a text in JSON may hold the other ends that Python knows, such as U+2028
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    if lines and lines[0][1].strip() == "{":  # one object over several lines
+        return [(1, parsed(content, ""))]
+    return [(number, parsed(line, f"line {number}: ")) for number, line in lines]
 
 
 def _text_of(record: Any, path: Path, number: int) -> str:

@@ -7,13 +7,15 @@ attention sink, and a window without it measures its absence.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from qexport.errors import CalibrationError
+
+Value = TypeVar("Value")
 
 
 def opening_token(tokenizer: Any) -> int | None:
@@ -22,34 +24,68 @@ def opening_token(tokenizer: Any) -> int | None:
     return bos if bos is not None and bos in tokenizer("a").input_ids[:1] else None
 
 
+def text_tokens(document: str, tokenizer: Any) -> list[int]:
+    """Token ids of a document with its special tokens, an EOS at its end."""
+    tokens = list(tokenizer(document).input_ids)
+    end = tokenizer.eos_token_id
+    return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+
+
 def calibration_windows(
     documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int
 ) -> torch.Tensor:
     """At most `samples` windows int64 [samples, length] of the documents in an order set by `seed`.
 
-    Documents are packed one after the other, each with its special tokens and an EOS: none is dropped
-    for being short or long.
-    The last window is filled up from the start of the stream; a text that ends before `samples` windows
-    are full gives fewer. Raises CalibrationError when there are no tokens.
+    Each document has its special tokens and an EOS. They are packed as `packed` tells, which raises
+    CalibrationError when there are no tokens.
     """
-    order = list(documents)
+    order = (text_tokens(document, tokenizer) for document in shuffled(documents, seed))
+    return packed(order, samples=samples, length=length, opening=opening_token(tokenizer)).windows
+
+
+def shuffled(values: Sequence[Value], seed: int) -> list[Value]:
+    """`values` in an order set by `seed`; the input is not changed."""
+    order = list(values)
     random.Random(seed).shuffle(order)
-    opening = opening_token(tokenizer)
-    room = length - (opening is not None)
-    end = tokenizer.eos_token_id
+    return order
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Windows int64 [n, length], and how many documents they took."""
+
+    windows: torch.Tensor
+    documents: int
+
+
+def packed(documents: Iterable[Sequence[int]], *, samples: int, length: int, opening: int | None) -> Packed:
+    """At most `samples` windows of documents' token ids, one after the other: none is dropped for its size.
+
+    Every window opens with `opening`, if there is one; where a window begins with a document that brings
+    it, it is not doubled. Documents are taken from the iterator as they are needed. The last window is
+    filled up from the start of the stream; documents that end before `samples` windows are full give
+    fewer. Raises CalibrationError when there are no tokens.
+    """
+    source = iter(documents)
     stream: list[int] = []
-    for document in order:
-        tokens = tokenizer(document).input_ids
-        stream += tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
-        if len(stream) >= samples * room:
+    windows: list[list[int]] = []
+    taken = at = 0
+    while len(windows) < samples:
+        while len(stream) < at + length and (tokens := next(source, None)) is not None:
+            stream += tokens
+            taken += 1
+        if at >= len(stream):
             break
-    if not stream:
+        window = [] if opening is None or stream[at] == opening else [opening]
+        room = length - len(window)
+        window += stream[at : at + room]
+        at += room
+        while len(window) < length:  # the last one is filled from the start again
+            window += stream[: length - len(window)]
+        windows.append(window)
+    if not windows:
         raise CalibrationError("the calibration text has no tokens")
-    count = min(samples, -(-len(stream) // room))
-    while len(stream) < count * room:  # the last window is filled from the start again
-        stream += stream[: count * room - len(stream)]
-    windows = torch.tensor(stream[: count * room]).reshape(count, room)
-    return windows if opening is None else torch.nn.functional.pad(windows, (1, 0), value=opening)
+    return Packed(torch.tensor(windows), taken)
 
 
 @dataclass(frozen=True)

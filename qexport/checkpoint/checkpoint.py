@@ -81,8 +81,8 @@ class Checkpoint:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The config's `quantization_config`, if there is one."""
-        found = self.config.get("quantization_config")
+        """The config's `quantization_config`, or the `quantization` of older MLX files, if there is one."""
+        found = self.config.get("quantization_config", self.config.get("quantization"))
         return found if isinstance(found, dict) else None
 
     def names(self) -> Iterator[str]:

@@ -69,7 +69,9 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     except (ValueError, RecursionError) as error:
         raise corrupt(f"its header is not the JSON it should be ({error})") from error
 
-    metadata = header.pop("__metadata__", {})
+    metadata = header.pop("__metadata__", None)
+    if metadata is None:  # mlx writes a null where there is none, and the reference reads it
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise corrupt("its metadata is not an object of texts")
     data_start = 8 + length

@@ -28,7 +28,7 @@ import pickle
 import struct
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,6 +56,10 @@ _STORAGES: dict[torch.dtype, type] = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
+
+
+# What is pickled, made of the dict of names and (stand-ins for) tensors; each may stand in it more than once.
+Arrange = Callable[[Mapping[str, Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ class Record:
         return self.offset + len(self.header) + self.size + len(self.trailer(0))
 
 
-def plan_records(tensors: Sequence[TensorInfo]) -> list[Record]:
-    """The archive's records, in order, with one storage a tensor.
+def plan_records(tensors: Sequence[TensorInfo], arrange: Arrange = dict) -> list[Record]:
+    """The archive's records, in order, with one storage a tensor. `arrange` makes what is pickled.
 
     Raises ValueError for a name that stands twice and for a dtype that checkpoints do not have.
     """
@@ -124,7 +128,7 @@ def plan_records(tensors: Sequence[TensorInfo]) -> list[Record]:
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"{tensor.name} is {tensor.dtype}, which no checkpoint holds")
     contents: list[tuple[str, int | bytes]] = [
-        ("data.pkl", _pickled(tensors)),
+        ("data.pkl", _pickled(tensors, arrange)),
         (".format_version", b"1"),
         (".storage_alignment", str(_ALIGNMENT).encode()),
         ("byteorder", b"little"),
@@ -162,9 +166,9 @@ class TorchFile:
     than a process may have open files. An OSError is left to the caller, who knows the output's name.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[TensorInfo]) -> None:
+    def __init__(self, path: Path, tensors: Sequence[TensorInfo], arrange: Arrange = dict) -> None:
         self._path = path
-        self._records = plan_records(tensors)
+        self._records = plan_records(tensors, arrange)
         self._checksums: list[int] = []  # of the records that are whole
         self._checksum, self._left = 0, 0  # of the record being written: so far, and bytes to come
         with path.open("wb") as file:
@@ -248,7 +252,7 @@ class _Pickler(pickle.Pickler):
         return value.persistent_id if isinstance(value, _Storage) else None
 
 
-def _pickled(tensors: Sequence[TensorInfo]) -> bytes:
+def _pickled(tensors: Sequence[TensorInfo], arrange: Arrange) -> bytes:
     stream = io.BytesIO()
-    _Pickler(stream, _PROTOCOL).dump({t.name: _Tensor(t, str(key)) for key, t in enumerate(tensors)})
+    _Pickler(stream, _PROTOCOL).dump(arrange({t.name: _Tensor(t, str(key)) for key, t in enumerate(tensors)}))
     return stream.getvalue()

@@ -29,7 +29,8 @@ class CheckpointWriter:
     `sidecars` are the small files to carry along: name in the output -> where it lies.
     Leaving the block without an error checks that all were written and renames the directory into
     place; leaving it with one leaves nothing behind. `recipe` is asked for at the end: the inputs'
-    hashes may be known by then, and whatever refuses the job should do so before.
+    hashes may be known by then, and whatever refuses the job should do so before. `finish` gets the staged
+    directory once all files are written: it may add some that are made of them.
     """
 
     def __init__(
@@ -44,13 +45,14 @@ class CheckpointWriter:
         naming: Naming = SAFETENSORS,
         overwrite: bool = False,
         sources: Sequence[Path],
+        finish: Callable[[Path], None] | None = None,
         on_event: OnEvent = ignore,
     ) -> None:
         self.plan: ShardPlan = plan_shards(tensors, max_shard_size, naming)
         self.figures: dict[str, Any] = {}
         self._sources = sources
         self._config, self._naming = dict(config), naming
-        self._recipe = recipe
+        self._recipe, self._finish_directory = recipe, finish
         self._sidecars = sidecars
         self._texts: dict[str, str] = {}
         self._files: dict[str, WeightsFile] = {}
@@ -150,6 +152,8 @@ class CheckpointWriter:
             for name, text in self._texts.items():
                 (directory / name).write_text(text, encoding="utf-8")
             self._flusher.finish()
+        if self._finish_directory:
+            self._finish_directory(directory)
         figures = {**carried_figures(self._sources), **self.figures}
         manifest = Manifest(self._recipe(), record_files(directory), figures)
         with write_errors(target):

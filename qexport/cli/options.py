@@ -25,21 +25,30 @@ def spec_options(*specs: type[BaseModel], leave: Sequence[str] = ()) -> Callable
     for spec in specs:
         for name, field in spec.model_fields.items():
             if name not in leave:
-                fields.setdefault(name, (field, []))[1].append(spec.__name__.removesuffix("Spec").lower())
+                fields.setdefault(name, (field, []))[1].append(_label(spec))
 
     def decorate(function: Function) -> Function:
         for name, (field, owners) in reversed(fields.items()):
             only = f" ({', '.join(owners)} only)" if len(owners) < len(specs) else ""
             told = f"{field.description}{_default(name, field)}{only}"
-            if field.annotation is bool:
-                option = click.option(_flag(name), name, is_flag=True, default=None, help=told)
+            if bool in _kinds(field.annotation):
+                both = "" if field.default is False else f"/--no-{_flag(name)[2:]}"
+                option = click.option(_flag(name) + both, name, is_flag=True, default=None, help=told)
             else:
                 kind = _click_type(field, specs if name == "bits" else ())
-                option = click.option(_flag(name), name, type=kind, default=None, help=told)
+                several = typing.get_origin(field.annotation) is tuple
+                told += "; repeatable" if several else ""
+                option = click.option(_flag(name), name, type=kind, default=None, multiple=several, help=told)
             function = option(function)
         return function
 
     return decorate
+
+
+def _label(spec: type[BaseModel]) -> str:
+    """What help calls the owner of an option: the solver, where the spec is one's."""
+    solver = spec.model_fields.get("solver")
+    return str(solver.default) if solver else spec.__name__.removesuffix("Spec").lower()
 
 
 def _flag(name: str) -> str:
@@ -47,8 +56,15 @@ def _flag(name: str) -> str:
 
 
 def _default(name: str, field: FieldInfo) -> str:
-    if field.default is None or field.default is False or "default:" in (field.description or ""):
+    if (
+        field.default is None
+        or field.default is False
+        or field.default == ()
+        or "default:" in (field.description or "")
+    ):
         return ""
+    if field.default is True:
+        return "; default: yes"
     shown = (
         format_size(field.default).replace(" ", "")
         if name.endswith("size") and field.default > 10**6
@@ -81,8 +97,11 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def make_spec(spec: type[SpecType], given: dict[str, Any], what: str = "") -> SpecType:
-    """The spec from the options that the user gave; SpecError in the options' own words."""
-    values = {name: value for name, value in given.items() if value is not None}
+    """The spec from the options that the user gave; SpecError in the options' own words.
+
+    None, and for a repeatable one nothing at all, is what the user left out.
+    """
+    values = {name: value for name, value in given.items() if value is not None and value != ()}
     foreign = [name for name in values if name not in spec.model_fields]
     if foreign:
         own = [_flag(name) for name in spec.model_fields if name != "method"]

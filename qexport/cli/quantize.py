@@ -10,15 +10,19 @@ import click
 
 from qexport.cli.options import make_spec, spec_options
 from qexport.cli.output import Output, output_options
+from qexport.results import QuantizeResult
 from qexport.sizes import format_size
-from qexport.specs import METHODS
+from qexport.specs import METHODS, SOLVERS, with_preset
 
 
 @click.command(short_help="Quantize a model.")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="directory to make")
 @click.option("--method", required=True, type=click.Choice(list(METHODS)), help="how to quantize")
-@spec_options(*METHODS.values(), leave=["method"])
+@click.option(
+    "--solver", type=click.Choice(list(SOLVERS)), help="how codes are chosen; default: the method's"
+)
+@spec_options(*SOLVERS.values(), leave=["method", "solver"])
 @click.option("--overwrite", is_flag=True, help="replace a model that is there")
 @click.option("--trust-remote-code", is_flag=True, help="run the code that the model brings")
 @output_options
@@ -26,6 +30,7 @@ def quantize(
     model: str,
     output: Path,
     method: str,
+    solver: str | None,
     overwrite: bool,
     trust_remote_code: bool,
     as_json: bool,
@@ -34,13 +39,19 @@ def quantize(
 ) -> None:
     """Quantize MODEL, a directory or Hub id.
 
-    bnb: bitsandbytes' NF4 with double quantization (4 bits) or LLM.int8 (8). gptq: GPTQ on a symmetric
-    integer grid (2, 3, 4, 8), calibrated block by block. rtn: the same grid and layout, rounded to
-    nearest, without data.
+    A method is a preset of solver, bits and format; --solver, --bits and --format override each.
+
+    \b
+    without data: bnb   NF4 (4 bits) or LLM.int8 (8), bitsandbytes
+                  eetq  int8 a row, EETQ
+                  rtn   round to nearest, GPTQ's format
+                  hqq   half-quadratic zeros, HQQ's format
+                  mlx   searched scales, MLX
+    calibrated:   gptq  error feedback, GPTQ's format
+                  awq   activation-aware scales, AWQ's format
     """
-    if given["bits"] is not None:
-        given["bits"] = int(given["bits"])
-    spec = make_spec(METHODS[method], given, method)
+    values = with_preset({"method": method, "solver": solver})
+    spec = make_spec(SOLVERS[values["solver"]], {**values, **_given(given)}, f"solver {values['solver']}")
     out = Output(as_json, quiet)
     from qexport.quantization import quantize as run
 
@@ -53,10 +64,36 @@ def quantize(
             trust_remote_code=trust_remote_code,
             on_event=on_event,
         )
-    out.result(
-        {**asdict(result), "path": str(result.path)},
-        f"{output}: {result.method} {result.bits} bits, {result.quantized_layers} layers quantized "
-        f"({result.layer_bits_per_weight:.2f} bits a weight), {format_size(result.size_bytes)} in all "
-        f"({result.bits_per_weight:.2f}), {result.seconds:.1f} s, "
-        f"peak memory {format_size(result.peak_bytes)}",
+    out.result({**asdict(result), "path": str(result.path)}, _summary(result))
+    if not as_json and not quiet:
+        out.table("largest errors", ("tensor", "bits", "relative error", "of outputs"), _worst(result), {})
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that the user gave, in the spec's types."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "bits" in given:
+        given["bits"] = int(given["bits"])
+    return given
+
+
+def _summary(result: QuantizeResult) -> str:
+    method = result.method if result.method == result.solver else f"{result.method} ({result.solver})"
+    return (
+        f"{result.path}: {method} {result.bits} bits, {result.format}, {result.quantized_layers} layers "
+        f"quantized ({result.layer_bits_per_weight:.2f} bits a weight), {format_size(result.size_bytes)} in "
+        f"all ({result.bits_per_weight:.2f}), {result.seconds:.1f} s, "
+        f"peak memory {format_size(result.peak_bytes)}"
     )
+
+
+def _worst(result: QuantizeResult) -> list[tuple[str, str, str, str]]:
+    return [
+        (
+            error.tensor,
+            str(error.bits),
+            f"{error.relative:.2%}",
+            "" if error.weighted is None else f"{error.weighted:.2%}",
+        )
+        for error in result.worst()
+    ]

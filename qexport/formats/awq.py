@@ -1,34 +1,147 @@
-"""AutoAWQ's layout, version GEMM: the one that AWQ checkpoints are shared in. Read only.
+"""AutoAWQ's layout, version GEMM: the one that AWQ checkpoints are shared in.
 
 A linear layer [out, in] of 4 bits in groups of g becomes
     qweight int32 [in, out / 8]      codes, packed along `out`
     qzeros  int32 [in / g, out / 8]  zero points as they are, packed alike
     scales  fp16  [in / g, out]
 and w = (q - zero) * scale. Eight outputs share a word; its nibbles, lowest first, hold outputs
-0, 2, 4, 6, 1, 3, 5, 7. Source: AutoAWQ's `WQLinear_GEMM.from_linear` and its `packing_utils`.
+0, 2, 4, 6, 1, 3, 5, 7. There is no g_idx: groups are neighbouring inputs. The symmetric grid is stored with
+zero points of 8. Source: AutoAWQ's `WQLinear_GEMM.from_linear` and its `packing_utils`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from qexport.checkpoint.safetensors_file import StoredTensor, read_tensor
 from qexport.checkpoint.tensors import TensorInfo
-from qexport.errors import CorruptFileError, UnsupportedModelError
-from qexport.formats.packing import unpack
+from qexport.errors import CorruptFileError, SpecError, UnsupportedModelError
+from qexport.formats.format import Facts, Wish
+from qexport.formats.packing import pack, unpack
+from qexport.grids.integer import IntegerCodes, IntegerGrid
 
+NAME = "awq"
 METHOD = "awq"
+HOLDS_HEAD = False  # transformers and vLLM take it for plain
+HOLDS_EMBEDDINGS = False
+HOLDS_CONV1D = False
+HOLDS_GROUP_ORDER = False
+EXPERTS = "codes"  # by vLLM; transformers 5.23 leaves them random
 BITS = 4
+SIDE = 32  # outputs must be a multiple of it, in GPTQModel
+GROUP_SIZES = (16, 32, 64, 128, -1)  # what GPTQModel's kernels accept
+# Where transformers and vLLM multiply an activation by scales that AutoAWQ stores beside the layers
+# (transformers' AWQ_SCALES_MAPPINGS; without them the logits are NaN); those are not written here.
+_SCALED_ACTIVATIONS = frozenset(
+    {"bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "RefinedWebModel", "starcoder2"}
+)
+CONFIG_FILES = ("quant_config.json", "quantize_config.json")
+_DEFAULT_GROUP = 128
 _EACH = 32 // BITS  # codes in a word
+_OUTPUT_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 _NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # the inverse of the order above
 _PARTS = ("qweight", "qzeros", "scales")
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _VERSION_KEYS = ("version", "format", "checkpoint_format")  # AutoAWQ's, and GPTQModel's two
+
+
+def grid_for(wish: Wish) -> IntegerGrid:
+    """The 4-bit grid of the wish: groups of 128 and asymmetric unless it says otherwise; scales in fp16."""
+    if wish.bits != BITS:
+        raise SpecError(
+            f"{wish.bits} bits in the AWQ layout",
+            expected=f"{BITS}",
+            remedy="the formats gptq and gptq_v2 hold AWQ's scaled weights in 2, 3, 4 and 8 bits",
+        )
+    group = _DEFAULT_GROUP if wish.group_size is None else wish.group_size
+    if group not in GROUP_SIZES:
+        raise SpecError(
+            f"a group size of {group} in the AWQ layout",
+            expected=f"one of {', '.join(map(str, GROUP_SIZES))}, what GPTQModel reads",
+        )
+    return IntegerGrid(BITS, group, "middle" if wish.symmetric else "integer")
+
+
+def obstacle(shape: Sequence[int], grid: IntegerGrid) -> str | None:
+    """Why a matrix [out, in] cannot be stored in this layout, in a few words."""
+    return f"outputs that are no multiple of {SIDE}" if shape[0] % SIDE else None
+
+
+def layout(module: str, shape: Sequence[int], grid: IntegerGrid) -> list[TensorInfo]:
+    """The tensors that a linear layer [out, in] becomes."""
+    out, inputs = shape
+    groups = inputs // grid.group_width(inputs)
+    return [
+        TensorInfo(f"{module}.qweight", torch.int32, (inputs, out // _EACH)),
+        TensorInfo(f"{module}.qzeros", torch.int32, (groups, out // _EACH)),
+        TensorInfo(f"{module}.scales", torch.float16, (groups, out)),
+    ]
+
+
+def encode(module: str, codes: IntegerCodes, grid: IntegerGrid) -> dict[str, torch.Tensor]:
+    """The layer's tensors, named and shaped as `layout` says."""
+    if codes.group_of is not None:
+        raise ValueError(f"{module} has groups that are no neighbours, which the AWQ layout cannot tell")
+    zeros = codes.zeros
+    if zeros is None:
+        zeros = torch.full(codes.scales.shape, grid.middle, dtype=torch.uint8)
+    return {
+        f"{module}.qweight": _pack(codes.codes),
+        f"{module}.qzeros": _pack(zeros),
+        f"{module}.scales": codes.scales.t().contiguous(),
+    }
+
+
+def tensor_name(name: str, model_type: str) -> str:
+    """As on disk."""
+    return name
+
+
+def config_entries(facts: Facts) -> dict[str, Any]:
+    """config.json's `quantization_config`, as AutoAWQ writes it; it has room for one grid only."""
+    if facts.model_type in _SCALED_ACTIVATIONS:
+        raise SpecError(
+            f"{facts.model_type} in the AWQ layout, whose runtimes want scales of its activations as well",
+            remedy="use the format gptq or gptq_v2",
+        )
+    common = cast(IntegerGrid, facts.common)
+    for name, grid in cast(Mapping[str, IntegerGrid], facts.grids).items():
+        if (grid.bits, grid.group_size) != (common.bits, common.group_size):
+            raise SpecError(
+                f"{grid.bits} bits in groups of {grid.group_size} for {name}, in an AWQ checkpoint of "
+                f"{common.bits} bits in groups of {common.group_size}",
+                expected="one width and one group size for all layers",
+                remedy="the formats gptq and gptq_v2 can tell layers apart",
+            )
+    config: dict[str, Any] = {
+        "quant_method": METHOD,
+        "bits": common.bits,
+        "group_size": common.group_size,
+        "zero_point": True,  # zeros are stored, those of the symmetric grid too
+        "version": "gemm",
+        # in full: transformers compares with a name's whole or its end, vLLM with any part of it
+        "modules_to_not_convert": list(facts.left) or None,
+    }
+    if left := [name for name in facts.left if name != facts.head]:
+        # GPTQModel's own loader knows these words only, and gave such layers codes that were not there
+        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
+    return {"quantization_config": config}
+
+
+def extra_files(entries: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """quant_config.json, where AutoAWQ and older runtimes look."""
+    return dict.fromkeys(CONFIG_FILES, entries["quantization_config"])
+
+
+def finish(directory: Path) -> None:
+    """Nothing: a checkpoint is its tensors and its configs."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +218,12 @@ class AwqDecoder:
                 "and groups that divide in",
             )
         return qweight, qzeros, scales
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 [out, n] -> words int32 [n, out / 8]."""
+    by_word = codes.reshape(-1, _EACH, codes.shape[1])
+    return pack(by_word[:, _OUTPUT_OF_NIBBLE].reshape(codes.shape), BITS).t().contiguous()
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:

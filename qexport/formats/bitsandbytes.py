@@ -5,7 +5,7 @@
 `__fp4` (JSON as bytes); with double quantization `weight.absmax` is uint8, and there are
 `weight.nested_absmax` fp32 and `weight.nested_quant_map` fp32 [256].
 8 bits: `weight` int8 [out, in], `SCB` fp32 [out], `weight_format` uint8, 0 for row-major.
-All are read; written are NF4 with double quantization, in uint8, and 8 bits.
+All are read, and all are written but codes in another dtype than uint8.
 Source: bitsandbytes.functional.QuantState.as_dict, bitsandbytes.nn.Linear8bitLt.
 """
 
@@ -16,18 +16,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qexport.checkpoint.safetensors_file import StoredTensor, read_tensor
 from qexport.checkpoint.tensors import TensorInfo
-from qexport.errors import CorruptFileError, UnsupportedModelError
-from qexport.formats.format import Facts
+from qexport.errors import CorruptFileError, SpecError, UnsupportedModelError
+from qexport.formats.format import Facts, Wish
 from qexport.grids.bnb4 import BLOCK, NESTED_BLOCK, Bnb4Codes, Bnb4Grid, NestedAbsmax
 from qexport.grids.int8_rows import Int8RowCodes, Int8RowGrid
 
+NAME = "bitsandbytes"
 METHOD = "bitsandbytes"
+# transformers converts the head as well when `llm_int8_skip_modules` is a list without it
+HOLDS_HEAD = True
+HOLDS_EMBEDDINGS = False
+HOLDS_CONV1D = True  # transformers makes them linear layers, and loads codes of [out, in]
+HOLDS_GROUP_ORDER = False
+EXPERTS = "plain"  # transformers converts nn.Linear alone, and experts are none
 _STATES = {kind: f"quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")}
 _PARTS_4 = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATES.values())
 _PARTS_8 = ("SCB", "weight_format")
@@ -39,7 +47,35 @@ _FLOATS = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloa
 _ORDERS = ("row", "col32", "col_turing", "col_ampere")  # of 8-bit codes, by their `weight_format`
 
 Grid = Bnb4Grid | Int8RowGrid
-Codes = Bnb4Codes[NestedAbsmax] | Int8RowCodes
+Codes = Bnb4Codes[torch.Tensor | NestedAbsmax] | Int8RowCodes
+
+
+def grid_for(wish: Wish) -> Grid:
+    """NF4 or FP4 for 4 bits, LLM.int8's rows for 8. Raises SpecError for a wish of anything else."""
+    if wish.bits not in (4, 8):
+        raise SpecError(f"bitsandbytes with {wish.bits} bits", expected="4 (nf4 or fp4) or 8")
+    if wish.symmetric is False:
+        raise SpecError("bitsandbytes with zero points", expected="a symmetric grid, all that it has")
+    if wish.bits == 8:
+        if wish.group_size not in (None, -1):
+            raise SpecError(
+                f"bitsandbytes with 8 bits in groups of {wish.group_size}", expected="one scale a row"
+            )
+        if wish.codebook is not None or wish.double_quant is not None:
+            raise SpecError(
+                "a codebook or double quantization with 8 bits", expected="either with 4 bits alone"
+            )
+        return Int8RowGrid()
+    if wish.group_size not in (None, BLOCK):
+        raise SpecError(
+            f"bitsandbytes with 4 bits in groups of {wish.group_size}", expected=f"blocks of {BLOCK}"
+        )
+    double_quant = wish.double_quant is not False
+    if wish.codebook is None or wish.codebook == "nf4":
+        return Bnb4Grid("nf4", double_quant, dtype=wish.dtype)
+    if wish.codebook == "fp4":
+        return Bnb4Grid("fp4", double_quant, dtype=wish.dtype)
+    raise SpecError(f"bitsandbytes with codebook {wish.codebook!r}", expected="nf4 or fp4")
 
 
 def obstacle(shape: Sequence[int], grid: Grid) -> str | None:
@@ -49,8 +85,8 @@ def obstacle(shape: Sequence[int], grid: Grid) -> str | None:
     without a word (128 x 352: errors of the size of the weights), and outputs that are no multiple of 32
     end in an assertion.
     """
-    if isinstance(grid, Bnb4Grid) and (shape[1] % BLOCK or shape[0] % 32):
-        return f"sides that are no multiples of 32 and {BLOCK}, which bitsandbytes cannot read on a CPU"
+    if isinstance(grid, Bnb4Grid) and (shape[1] % grid.block or shape[0] % 32):
+        return f"sides that are no multiples of 32 and {grid.block}, which bitsandbytes cannot read on a CPU"
     return None
 
 
@@ -63,15 +99,18 @@ def layout(module: str, shape: Sequence[int], grid: Grid) -> list[TensorInfo]:
             TensorInfo(f"{module}.weight_format", torch.uint8, ()),
         ]
     count = math.prod(shape)
-    blocks = -(-count // BLOCK)
+    blocks = -(-count // grid.block)
     weight = f"{module}.weight"
-    return [
-        TensorInfo(weight, torch.uint8, (-(-count // 2), 1)),
-        TensorInfo(f"{weight}.absmax", torch.uint8, (blocks,)),
-        TensorInfo(f"{weight}.quant_map", torch.float32, (16,)),
+    nested = [
         TensorInfo(f"{weight}.nested_absmax", torch.float32, (-(-blocks // NESTED_BLOCK),)),
         TensorInfo(f"{weight}.nested_quant_map", torch.float32, (256,)),
-        TensorInfo(f"{weight}.{_STATES['nf4']}", torch.uint8, (_STATE_BYTES,)),
+    ]
+    return [
+        TensorInfo(weight, torch.uint8, (-(-count // 2), 1)),
+        TensorInfo(f"{weight}.absmax", torch.uint8 if grid.double_quant else torch.float32, (blocks,)),
+        TensorInfo(f"{weight}.quant_map", torch.float32, (16,)),
+        *(nested if grid.double_quant else []),
+        TensorInfo(f"{weight}.{_STATES[grid.kind]}", torch.uint8, (_STATE_BYTES,)),
     ]
 
 
@@ -81,52 +120,87 @@ def encode(module: str, codes: Codes, grid: Grid) -> dict[str, torch.Tensor]:
     if isinstance(codes, Int8RowCodes):
         return {
             weight: codes.codes,
-            f"{module}.SCB": codes.absmax,
+            f"{module}.SCB": codes.scales,
             f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
         }
-    state = {
-        "quant_type": "nf4",
+    if isinstance(grid, Int8RowGrid):
+        raise TypeError(f"{module} has 4-bit codes for a grid of 8 bits")
+    state: dict[str, Any] = {
+        "quant_type": grid.kind,
         "blocksize": codes.block,
-        "dtype": str(codes.dtype).removeprefix("torch."),
+        "dtype": _short(grid.dtype),
         "shape": list(codes.shape),
-        "nested_blocksize": codes.absmax.block,
-        "nested_dtype": "float32",
-        "nested_offset": codes.absmax.offset,
     }
+    tensors = {weight: codes.packed.reshape(-1, 1)}
+    absmax = codes.absmax
+    if isinstance(absmax, NestedAbsmax):
+        state |= {
+            "nested_blocksize": absmax.block,
+            "nested_dtype": "float32",
+            "nested_offset": absmax.offset,
+        }
+        tensors |= {
+            f"{weight}.absmax": absmax.codes,
+            f"{weight}.quant_map": codes.codebook,
+            f"{weight}.nested_absmax": absmax.absmax,
+            f"{weight}.nested_quant_map": absmax.codebook,
+        }
+    else:
+        tensors |= {f"{weight}.absmax": absmax, f"{weight}.quant_map": codes.codebook}
     raw = json.dumps(state).encode("ascii").ljust(_STATE_BYTES)
-    return {
-        weight: codes.packed.reshape(-1, 1),
-        f"{weight}.absmax": codes.absmax.codes,
-        f"{weight}.quant_map": codes.codebook,
-        f"{weight}.nested_absmax": codes.absmax.absmax,
-        f"{weight}.nested_quant_map": codes.absmax.codebook,
-        f"{weight}.{_STATES['nf4']}": torch.frombuffer(bytearray(raw), dtype=torch.uint8),
-    }
+    tensors[f"{weight}.{_STATES[grid.kind]}"] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    return tensors
 
 
-def quantization_config(grid: Grid, facts: Facts) -> dict[str, Any]:
-    """The `quantization_config` of config.json; `llm_int8_skip_modules` holds for 4 bits too."""
+def config_entries(facts: Facts) -> dict[str, Any]:
+    """`quantization_config`; its `llm_int8_skip_modules` holds for 4 bits too.
+
+    Raises SpecError for layers of several grids: the config has room for one.
+    """
+    grids = set(facts.grids.values()) or {facts.common}
+    if len(grids) > 1:
+        shown = " and ".join(sorted(_described_grid(grid) for grid in grids))
+        raise SpecError(f"a bitsandbytes model with layers of {shown}", expected="one grid for all layers")
+    grid = grids.pop()
     four = isinstance(grid, Bnb4Grid)
-    return {
+    left = list(facts.left)
+    if facts.head not in facts.grids and facts.head not in left:
+        left.append(facts.head)  # a tied head; an empty list would have it converted
+    config = {
         "_load_in_4bit": four,
         "_load_in_8bit": not four,
-        "bnb_4bit_compute_dtype": str(facts.dtype).removeprefix("torch."),
+        "bnb_4bit_compute_dtype": _short(facts.dtype),
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4" if four else "fp4",
-        "bnb_4bit_use_double_quant": four,
+        "bnb_4bit_quant_type": grid.kind if isinstance(grid, Bnb4Grid) else "fp4",
+        "bnb_4bit_use_double_quant": isinstance(grid, Bnb4Grid) and grid.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": [*facts.left, facts.head] if facts.left else None,
+        "llm_int8_skip_modules": left,
         "llm_int8_threshold": 6.0,
         "load_in_4bit": four,
         "load_in_8bit": not four,
         "quant_method": METHOD,
     }
+    return {"quantization_config": config}
 
 
-def extra_files(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _described_grid(grid: object) -> str:
+    if isinstance(grid, Bnb4Grid):
+        return f"{grid.kind}{' with double quantization' if grid.double_quant else ''}"
+    return "int8" if isinstance(grid, Int8RowGrid) else type(grid).__name__
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def extra_files(entries: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """None: config.json says it all."""
     return {}
+
+
+def finish(directory: Path) -> None:
+    """Nothing is left to do."""
 
 
 @dataclass(frozen=True)
@@ -239,7 +313,6 @@ class BitsandbytesDecoder:
             nested or absmax,
             self._read(f"{name}.quant_map").float(),
             state.shape,
-            state.dtype,
             state.block,
         )
 

@@ -1,11 +1,14 @@
-"""AutoGPTQ's layout, version 1: what every runtime reads.
+"""AutoGPTQ's layout, in version 1, what every runtime reads, and version 2, which keeps any zero point.
 
 A linear layer [out, in] of b bits in groups of g becomes
     qweight int32 [in * b / 32, out]        codes, packed along `in`
-    qzeros  int32 [in / g, out * b / 32]    zero points minus one (version 1), packed along `out`
+    qzeros  int32 [in / g, out * b / 32]    zero points, packed along `out`: minus one in version 1
     scales  fp16  [in / g, out]
     g_idx   int32 [in]                      group of every input
-and w = (q - zero) * scale. Source: AutoGPTQ's qlinear modules; GPTQModel's README, "checkpoint_format".
+and w = (q - zero) * scale. Version 1 cannot hold a zero point of 0, so asymmetric grids are written in
+version 2 (`checkpoint_format: gptq_v2`), symmetric ones in version 1; `gptq_v2.py` writes version 2 always.
+Source: AutoGPTQ's qlinear modules; GPTQModel 7.7, `PackableQuantLinear` and `FORMAT`. GPTQModel's 5, 6 and
+7 bits, and all of its `gptq_p`, are another layout ("planar"), which is neither written nor read here.
 """
 
 from __future__ import annotations
@@ -14,32 +17,76 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from qexport.checkpoint.safetensors_file import StoredTensor, read_tensor
 from qexport.checkpoint.tensors import TensorInfo
-from qexport.errors import CorruptFileError, UnsupportedModelError
-from qexport.formats.format import Facts
+from qexport.errors import CorruptFileError, SpecError, UnsupportedModelError
+from qexport.formats.format import Facts, Wish
 from qexport.formats.packing import pack, unpack
 from qexport.grids.integer import IntegerCodes, IntegerGrid
 
+NAME = "gptq"
 METHOD = "gptq"
-SIDE = 32  # both sides of a matrix must be multiples of it, in GPTQModel and in vLLM
+HOLDS_HEAD = True
+HOLDS_EMBEDDINGS = False
+HOLDS_CONV1D = True  # by GPTQModel's own loader; transformers 5.23 cannot load them
+HOLDS_GROUP_ORDER = True
+EXPERTS = "codes"  # by vLLM and GPTQModel's own loader; transformers 5.23 leaves them random
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024, -1)  # what GPTQModel's kernels accept
+SIDE = 32
 CONFIG_FILE = "quantize_config.json"
+_DEFAULT_GROUP = 128
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_VERSION_KEYS = ("checkpoint_format", "format")  # GPTQModel writes both
+# The zero point that is stored as 0, by version.
+_SMALLEST_ZERO = {"gptq": 1, "gptq_v2": 0}
+# Layers that vLLM and SGLang fuse: they look in `dynamic` for the fused name alone.
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
 
 
-def obstacle(shape: Sequence[int], grid: IntegerGrid | None = None) -> str | None:
-    """Why a matrix [out, in] cannot be stored in this layout, whatever the grid."""
+def grid_for(wish: Wish) -> IntegerGrid:
+    """The integer grid of the wish: groups of 128 and symmetric unless it says otherwise; scales in fp16."""
+    if wish.bits not in BITS:
+        raise SpecError(f"{wish.bits} bits in the GPTQ layout", expected="2, 3, 4 or 8")
+    group = _DEFAULT_GROUP if wish.group_size is None else wish.group_size
+    if group not in GROUP_SIZES:
+        raise SpecError(
+            f"a group size of {group} in the GPTQ layout",
+            expected=f"one of {', '.join(map(str, GROUP_SIZES))}, what GPTQModel reads",
+        )
+    asymmetric = wish.symmetric is False
+    if asymmetric and (wish.bits, group) == (4, -1):
+        # GPTQModel 7.7: TorchFusedLinear.transform_cpu takes every zero point for 8, without a word
+        raise SpecError(
+            "4 bits with zero points and one group a row, which GPTQModel misreads on a CPU",
+            expected="a group size, or the symmetric grid",
+        )
+    return IntegerGrid(wish.bits, group, "integer" if asymmetric else "middle")
+
+
+def obstacle(shape: Sequence[int], grid: IntegerGrid) -> str | None:
+    """Why a matrix [out, in] cannot be stored in this layout, in a few words."""
     return f"sides that are no multiples of {SIDE}" if any(side % SIDE for side in shape) else None
+
+
+def version_of(grid: IntegerGrid) -> str:
+    """The `checkpoint_format` that this module writes a grid in."""
+    return "gptq" if grid.symmetric else "gptq_v2"
 
 
 def layout(module: str, shape: Sequence[int], grid: IntegerGrid) -> list[TensorInfo]:
     """The tensors that a linear layer [out, in] becomes."""
     out, inputs = shape
-    groups = inputs // grid.group_width(inputs)
+    groups = -(-inputs // grid.group_width(inputs))
     return [
         TensorInfo(f"{module}.qweight", torch.int32, (inputs * grid.bits // 32, out)),
         TensorInfo(f"{module}.qzeros", torch.int32, (groups, out * grid.bits // 32)),
@@ -50,124 +97,231 @@ def layout(module: str, shape: Sequence[int], grid: IntegerGrid) -> list[TensorI
 
 def encode(module: str, codes: IntegerCodes, grid: IntegerGrid) -> dict[str, torch.Tensor]:
     """The layer's tensors, named and shaped as `layout` says."""
-    out, inputs = codes.codes.shape
-    groups = codes.scales.shape[1]
-    zeros = torch.full((out, groups), grid.zero - 1, dtype=torch.uint8)
+    return encode_as(version_of(grid), module, codes, grid)
+
+
+def encode_as(version: str, module: str, codes: IntegerCodes, grid: IntegerGrid) -> dict[str, torch.Tensor]:
+    """`encode` in the version that `checkpoint_format` calls so."""
+    inputs = codes.codes.shape[1]
+    zeros = codes.zeros
+    if zeros is None:
+        zeros = torch.full(codes.scales.shape, grid.middle, dtype=torch.uint8)
+    if (smallest := _SMALLEST_ZERO[version]) > int(zeros.min()):
+        raise ValueError(f"{module} has a zero point of 0, which version 1 cannot hold")
+    group_of = codes.group_of
+    if group_of is None:
+        group_of = torch.arange(inputs) // grid.group_width(inputs)
     return {
         f"{module}.qweight": pack(codes.codes.t().contiguous(), grid.bits),
-        f"{module}.qzeros": pack(zeros, grid.bits).t().contiguous(),
+        f"{module}.qzeros": pack(zeros - smallest, grid.bits).t().contiguous(),
         f"{module}.scales": codes.scales.t().contiguous(),
-        f"{module}.g_idx": torch.arange(inputs, dtype=torch.int32) // (inputs // groups),
+        f"{module}.g_idx": group_of.to(torch.int32),
     }
 
 
-def quantization_config(grid: IntegerGrid, facts: Facts) -> dict[str, Any]:
-    """The `quantization_config` of config.json, also written as quantize_config.json.
+def tensor_name(name: str, model_type: str) -> str:
+    """As on disk."""
+    return name
 
-    What stays as it was is told twice where there is any: in transformers' words
-    (`modules_in_block_to_quantize`) and in GPTQModel's and vLLM's (`dynamic`, where "-:" leaves out
-    what the pattern matches).
+
+def config_entries(facts: Facts) -> dict[str, Any]:
+    """config.json's `quantization_config`, which is quantize_config.json too."""
+    versions = {version_of(cast(IntegerGrid, grid)) for grid in (facts.common, *facts.grids.values())}
+    if len(versions) > 1:
+        raise SpecError(
+            "symmetric and asymmetric layers in one GPTQ checkpoint of version 1",
+            remedy="use the format gptq_v2, or one kind of layers",
+        )
+    return entries_as(versions.pop(), facts)
+
+
+def entries_as(version: str, facts: Facts) -> dict[str, Any]:
+    """`config_entries` of a checkpoint in this version.
+
+    What stays as it was is told twice: in the words of transformers and vLLM
+    (`modules_in_block_to_quantize`), and in those of GPTQModel and vLLM (`dynamic`, where "-:" leaves out
+    what the pattern matches, and "+:" gives it bits and groups of its own; transformers knows neither).
     """
+    common = cast(IntegerGrid, facts.common)
     config: dict[str, Any] = {
-        "bits": grid.bits,
-        "group_size": grid.group_size,
-        "desc_act": False,
-        "static_groups": False,
-        "sym": True,
-        "true_sequential": True,
-        "lm_head": False,
+        "bits": common.bits,
+        "group_size": common.group_size,
+        # Readers take it for "g_idx is no neighbour's": not so where the order of work left the groups alone.
+        "desc_act": facts.desc_act and not facts.static_groups,
+        "static_groups": facts.static_groups,
+        "sym": common.symmetric,
+        "true_sequential": facts.true_sequential,
+        "lm_head": facts.head in facts.grids,
         "quant_method": METHOD,
-        "checkpoint_format": "gptq",
+        "checkpoint_format": version,
     }
     if facts.damp is not None:
         config["damp_percent"] = facts.damp
-    if facts.left:
-        inner = {re.sub(r"^.*?\.\d+\.", "", name) for name in facts.converted}
-        config["modules_in_block_to_quantize"] = [sorted(inner)]
-        config["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in facts.left}
-    return config
+    left = [name for name in facts.left if name != facts.head]  # told by `lm_head`
+    if left or config["lm_head"]:
+        config["modules_in_block_to_quantize"] = [told_by(list(facts.grids), left)]
+    if config["lm_head"]:
+        # optimum looks for layers below this name only; below "" lies the head too
+        config["block_name_to_quantize"] = ""
+    if dynamic := _dynamic(facts, left):
+        config["dynamic"] = dynamic
+    return {"quantization_config": config}
 
 
-def extra_files(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def told_by(converted: Sequence[str], left: Sequence[str]) -> list[str]:
+    """Names that tell the layers `converted` from those `left`: within a block if that does, else in full.
+
+    transformers compares them with a name's end, vLLM with any part of it.
+    """
+    inner = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in converted})
+    return sorted(converted) if any(name in other for name in inner for other in left) else inner
+
+
+def _dynamic(facts: Facts, left: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The layers that are not as `facts.common`, and the fused ones made of such layers alone."""
+    common = cast(IntegerGrid, facts.common)
+    rules: dict[str, tuple[str, dict[str, Any]] | None] = {name: ("-:", {}) for name in left}
+    for name, grid in cast(Mapping[str, IntegerGrid], facts.grids).items():
+        own = {"bits": grid.bits, "group_size": grid.group_size, "sym": grid.symmetric}
+        if own == {"bits": common.bits, "group_size": common.group_size, "sym": common.symmetric}:
+            rules[name] = None
+        else:
+            rules[name] = ("+:", own)
+    fused: dict[str, list[tuple[str, dict[str, Any]] | None]] = {}
+    for name, rule in rules.items():
+        prefix, _, last = name.rpartition(".")
+        if experts := re.match(r"(.*\.experts)\.\d+\.", name):
+            fused.setdefault(experts[1], []).append(rule)
+        elif last in _FUSED:
+            fused.setdefault(f"{prefix}.{_FUSED[last]}", []).append(rule)
+    for name, members in fused.items():
+        if all(rule == members[0] for rule in members):
+            rules.setdefault(name, members[0])
+    return {f"{rule[0]}^{re.escape(name)}$": rule[1] for name, rule in rules.items() if rule}
+
+
+def extra_files(entries: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """quantize_config.json, where AutoGPTQ's descendants look first."""
-    return {CONFIG_FILE: config}
+    return {CONFIG_FILE: entries["quantization_config"]}
+
+
+def finish(directory: Path) -> None:
+    """Nothing: a checkpoint is its tensors and its configs."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A packed layer's tensors, in the order of `_PARTS`, and what their shapes say."""
+
+    parts: tuple[StoredTensor, ...]
+    bits: int
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class GptqDecoder:
-    """Reads symmetric and asymmetric checkpoints of versions 1 and 2, act-order included."""
+    """Reads versions 1 and 2, any zero points and any g_idx. A layer's bits are what its shapes say."""
 
     stored: Mapping[str, StoredTensor]
-    bits: int
-    zero_offset: int  # 1 where the file stores zero - 1
-
-    @cached_property
-    def _infos(self) -> dict[str, TensorInfo]:
-        """Full-precision tensors: a quantized layer's `weight` is fp16, as its scales are."""
-        infos: dict[str, TensorInfo] = {}
-        for name, tensor in self.stored.items():
-            module, _, part = name.rpartition(".")
-            if f"{module}.qweight" not in self.stored or part not in _PARTS:
-                infos[name] = tensor
-            elif part == "qweight":
-                if len(tensor.shape) != 2:
-                    raise CorruptFileError(f"{name} has {len(tensor.shape)} dimensions, expected 2")
-                rows, out = tensor.shape
-                shape = (out, rows * 32 // self.bits)
-                infos[f"{module}.weight"] = TensorInfo(f"{module}.weight", torch.float16, shape)
-        return infos
+    smallest_zero: int  # what a stored 0 stands for
 
     def infos(self) -> dict[str, TensorInfo]:
-        """Names, dtypes and shapes of the full-precision tensors, in file order."""
+        """Names, dtypes and shapes of the full-precision tensors, in file order.
+
+        A quantized layer's `weight` has its scales' dtype. Raises CorruptFileError for a layer whose
+        tensors do not fit together.
+        """
         return self._infos
 
     def is_quantized(self, name: str) -> bool:
         """Whether `name` is the weight of a packed layer."""
-        return name.removesuffix(".weight") + ".qweight" in self.stored
+        return name.endswith(".weight") and f"{name.removesuffix('.weight')}.qweight" in self.stored
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as stored, or a layer's weight [out, in] in fp32, unrounded."""
         if not self.is_quantized(name):
             return read_tensor(self.stored[name])
         module = name.removesuffix(".weight")
-        parts = {part: self._part(module, part) for part in _PARTS}
-        codes = unpack(parts["qweight"], self.bits)  # [in, out]
-        zeros = unpack(parts["qzeros"].t().contiguous(), self.bits).t().int() + self.zero_offset
-        group = parts["g_idx"].long()
-        scales = parts["scales"].float()
+        layer = self._layer(module)
+        qweight, qzeros, scales, g_idx = (read_tensor(part) for part in layer.parts)
+        if not bool(((g_idx >= 0) & (g_idx < len(scales))).all()):
+            raise CorruptFileError(
+                f"{module}.g_idx names groups from {int(g_idx.min())} to {int(g_idx.max())}",
+                expected=f"0 to {len(scales) - 1}",
+            )
+        group = g_idx.long()
+        zeros = unpack(qzeros.t().contiguous(), layer.bits).t().float() + self.smallest_zero
+        weight = unpack(qweight, layer.bits).float()  # [in, out]
+        weight -= zeros[group]
+        weight *= scales.float()[group]
+        return weight.t().contiguous()
+
+    @cached_property
+    def _infos(self) -> dict[str, TensorInfo]:
+        infos: dict[str, TensorInfo] = {}
+        for name, tensor in self.stored.items():
+            module, _, part = name.rpartition(".")
+            if part in _PARTS and f"{module}.qweight" in self.stored:
+                if part == "qweight":
+                    layer = self._layer(module)
+                    weight = f"{module}.weight"
+                    infos[weight] = TensorInfo(weight, layer.parts[2].dtype, layer.shape)
+            elif part == "qzeros":
+                raise CorruptFileError(f"{module} has qzeros, but no qweight", expected=", ".join(_PARTS))
+            else:
+                infos[name] = tensor
+        return infos
+
+    def _layer(self, module: str) -> _Layer:
+        """The layer's tensors, seen to fit together."""
+        if f"{module}.weight" in self.stored:
+            raise CorruptFileError(f"{module} has both weight and qweight", expected="one of them")
+        parts: list[StoredTensor] = []
+        for part in _PARTS:
+            tensor = self.stored.get(f"{module}.{part}")
+            if tensor is None:
+                raise CorruptFileError(f"{module} has no {part}", expected=", ".join(_PARTS))
+            sides = 1 if part == "g_idx" else 2
+            dtypes = _FLOATS if part == "scales" else (torch.int32,)
+            if len(tensor.shape) != sides or tensor.dtype not in dtypes or not tensor.numel:
+                raise CorruptFileError(
+                    f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}",
+                    expected=f"{sides} dimensions, int32 unless scales, which are floats",
+                )
+            parts.append(tensor)
+        qweight, qzeros, scales, g_idx = parts
+        rows, out = qweight.shape
+        inputs = g_idx.shape[0]
+        bits = rows * 32 // inputs
         if (
-            len(group) != len(codes)
-            or zeros.shape != scales.shape
-            or codes.shape[1] != scales.shape[1]
-            or not bool(((group >= 0) & (group < len(scales))).all())
+            rows * 32 != inputs * bits
+            or scales.shape[1] != out
+            or out * bits % 32
+            or qzeros.shape != (scales.shape[0], out * bits // 32)
         ):
             raise CorruptFileError(
                 f"the tensors of {module} do not fit together: "
-                + ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+                + ", ".join(f"{p} {list(t.shape)}" for p, t in zip(_PARTS, parts, strict=True)),
+                expected="for b bits qweight [in*b/32, out], qzeros [groups, out*b/32], "
+                "scales [groups, out], g_idx [in]",
             )
-        return ((codes.int() - zeros[group]).float() * scales[group]).t().contiguous()
-
-    def _part(self, module: str, part: str) -> torch.Tensor:
-        tensor = self.stored.get(f"{module}.{part}")
-        if tensor is None:
-            raise CorruptFileError(f"{module} has no {part}", expected=", ".join(_PARTS))
-        expected = 1 if part == "g_idx" else 2
-        if len(tensor.shape) != expected or (part != "scales" and tensor.dtype != torch.int32):
-            raise CorruptFileError(
-                f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}",
-                expected=f"{expected} dimensions, int32 unless scales",
+        if bits not in BITS:
+            raise UnsupportedModelError(
+                f"{module} has {bits} bits in the GPTQ layout", expected="2, 3, 4 or 8"
             )
-        return read_tensor(tensor)
+        return _Layer(tuple(parts), bits, (out, inputs))
 
 
 def decoder(
     config: Mapping[str, Any], stored: Mapping[str, StoredTensor], float_dtype: torch.dtype
 ) -> GptqDecoder:
-    """The reader of a checkpoint with this `quantization_config`; scales tell the dtype by themselves."""
-    bits = config.get("bits")
-    if bits not in (2, 3, 4, 8):
-        raise UnsupportedModelError(f"a GPTQ checkpoint of {bits} bits", expected="2, 3, 4 or 8")
-    version = config.get("checkpoint_format", "gptq")
-    if version not in ("gptq", "gptq_v2"):
-        raise UnsupportedModelError(f"a GPTQ checkpoint in the form {version!r}", expected="gptq or gptq_v2")
-    return GptqDecoder(stored, bits, 1 if version == "gptq" else 0)
+    """The reader of a checkpoint with this `quantization_config`.
+
+    Bits and groups, those that `dynamic` gives to single layers too, are read off the tensors' shapes.
+    """
+    versions = {str(config[key]).lower() for key in _VERSION_KEYS if config.get(key)} or {"gptq"}
+    if len(versions) > 1 or not versions <= _SMALLEST_ZERO.keys():
+        raise UnsupportedModelError(
+            f"a GPTQ checkpoint in the form {', '.join(sorted(versions))}", expected="gptq or gptq_v2"
+        )
+    return GptqDecoder(stored, _SMALLEST_ZERO[versions.pop()])

@@ -9,15 +9,23 @@ import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint, open_directory
 from qexport.checkpoint.hub import resolve
+from qexport.checkpoint.ties import tie_of
 from qexport.errors import UnsupportedModelError
-from qexport.formats import awq, bitsandbytes, gptq
+from qexport.formats import awq, bitsandbytes, compressed_tensors, eetq, gptq, hqq, mlx
 from qexport.formats.format import Reader
+from qexport.formats.mlx_names import hugging_face_names
+from qexport.formats.transposed import TransposedDecoder
+from qexport.modeling.architectures import stored_transposed
 
 # What can be opened, by `quant_method`. What can be written is in methods.py.
 FORMATS: dict[str, Reader] = {
     gptq.METHOD: gptq,
     awq.METHOD: awq,
     bitsandbytes.METHOD: bitsandbytes,
+    eetq.METHOD: eetq,
+    compressed_tensors.METHOD: compressed_tensors,
+    hqq.METHOD: hqq,
+    mlx.METHOD: mlx,
 }
 
 
@@ -37,15 +45,19 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises CheckpointNotFoundError, NotACheckpointError, CorruptFileError, UnsafeFileError, and
     UnsupportedModelError for a quantization that has no reader yet.
     """
-    checkpoint = open_directory(resolve(source))
+    path = resolve(source)
+    hqq.refuse_pickle_alone(path)
+    checkpoint = open_directory(path)
     config = checkpoint.quantization
     if config is None:
         return checkpoint
-    method = str(config.get("quant_method"))
+    method = mlx.METHOD if mlx.is_mlx(config) else str(config.get("quant_method"))
     if method not in FORMATS:
         raise UnsupportedModelError(
             f"{checkpoint.path} is quantized by {method!r}",
             expected=f"{', '.join(FORMATS)} can be read so far",
         )
     decoder = FORMATS[method].decoder(config, checkpoint.stored, float_dtype(checkpoint))
-    return replace(checkpoint, decoder=decoder)
+    if checkpoint.tie and method == mlx.METHOD:  # the tie was found by names that the decoder changes
+        checkpoint = replace(checkpoint, tie=tie_of(checkpoint.config, hugging_face_names(checkpoint.stored)))
+    return replace(checkpoint, decoder=TransposedDecoder(decoder, stored_transposed(checkpoint.config)))

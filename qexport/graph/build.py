@@ -29,7 +29,7 @@ from qexport.modeling.architectures import architecture_of
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.quantization import planned_size
-from qexport.specs import AnyQuantizeSpec, CalibrationSpec, ShardSpec
+from qexport.specs import METHODS, AnyQuantizeSpec, CalibrationSpec, ShardSpec
 from qexport.verification.verify import evaluation_data
 
 
@@ -51,10 +51,16 @@ class Job:
 
 
 def variant_name(spec: AnyQuantizeSpec) -> str:
-    """A variant's directory: method, bits, and the group size where the user chose one."""
-    group = getattr(spec, "group_size", None)
-    suffix = "" if group is None else "-row" if group == -1 else f"-g{group}"
-    return f"{spec.method}-{spec.bits}bit{suffix}"
+    """A variant's directory: method, bits, and what the user chose of group size, solver and format."""
+    preset = METHODS[spec.method]
+    group = spec.group_size
+    parts = [
+        f"{spec.method}-{spec.bits}bit",
+        "" if group is None else "row" if group == -1 else f"g{group}",
+        "" if spec.solver == preset.solver else spec.solver.replace("+", "-"),
+        "" if spec.format == preset.format else spec.format,
+    ]
+    return "-".join(part for part in parts if part)
 
 
 def build(recipe: AnyRecipe, *, on_event: OnEvent = ignore) -> Job:

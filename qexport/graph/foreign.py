@@ -166,7 +166,7 @@ def calibration_file(key: str, value: str) -> str:
     if path.suffix not in _DATA_SETS:
         raise RecipeError(
             f"{key}: {value} is a {path.suffix or 'file without suffix'}",
-            expected='.json or .jsonl of {"text": ...}, or .txt',
+            expected=".json or .jsonl of texts, conversations or Alpaca records, or .txt",
         )
     return value
 

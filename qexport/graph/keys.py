@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from qexport.errors import RecipeError
-from qexport.specs import METHODS
+from qexport.specs import METHODS, SOLVERS
 
 SpecType = TypeVar("SpecType", bound=BaseModel)
 
@@ -43,10 +43,14 @@ def _line(error: Any, spec: type[BaseModel], parts: Mapping[str, type[BaseModel]
     if kind == "missing":
         return f"the key {key!r} is missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        found = error["input"].get("method") if isinstance(error["input"], Mapping) else None
-        near = difflib.get_close_matches(str(found), list(METHODS), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(METHODS)}"
-        return f"{key}: unknown method {found!r}; {hint}"
+        entry = error["input"] if isinstance(error["input"], Mapping) else {}
+        what, known = (
+            ("solver", list(SOLVERS)) if entry.get("method") in METHODS else ("method", list(METHODS))
+        )
+        found = entry.get(what)
+        near = difflib.get_close_matches(str(found), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        return f"{key}: unknown {what} {found!r}; {hint}"
     message = error["msg"].replace("valid tuple", "list").removeprefix("Value error, ")
     if kind == "model_type":
         message = "input should have keys of its own"

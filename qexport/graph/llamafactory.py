@@ -26,7 +26,7 @@ from qexport.graph.foreign import (
     best_device,
     calibration_file,
 )
-from qexport.specs import AnyQuantizeSpec, BnbSpec, GptqSpec, MergeSpec
+from qexport.specs import AnyQuantizeSpec, GptqSpec, MergeSpec, spec_of
 
 _ROPE_FACTOR = 2.0  # what LLaMA-Factory itself stretches by when it does not train
 
@@ -105,7 +105,7 @@ class LlamaFactoryFile(ForeignFile):
                 remedy="take it out; export_quantization_bit quantizes the result",
             )
         if self.quantization_bit:
-            return BnbSpec(bits=self.quantization_bit, max_shard_size=size)
+            return spec_of("bnb", bits=self.quantization_bit, max_shard_size=size)
         if not self.export_quantization_bit:
             return None
         if not self.export_quantization_dataset:
@@ -116,7 +116,7 @@ class LlamaFactoryFile(ForeignFile):
         return GptqSpec(
             bits=self.export_quantization_bit,
             max_shard_size=size,
-            calibration=calibration_file("export_quantization_dataset", self.export_quantization_dataset),
+            calibration=(calibration_file("export_quantization_dataset", self.export_quantization_dataset),),
             samples=self.export_quantization_nsamples,
             sequence_length=self.export_quantization_maxlen,
         )

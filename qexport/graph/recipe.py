@@ -17,11 +17,13 @@ from qexport.graph.llamafactory import LLAMA_FACTORY
 from qexport.graph.swift import SWIFT
 from qexport.specs import (
     METHODS,
+    SOLVERS,
     MergeSpec,
     QuantizeSpec,
     ShardSpec,
     Spec,
     VerifySpec,
+    with_preset,
 )
 
 
@@ -51,11 +53,22 @@ class ExportRecipe(Spec):
             return value
         spread: list[Any] = []
         for entry in value:
+            if _has_names(entry):
+                entry = with_preset(entry)
             if isinstance(entry, Mapping) and isinstance(entry.get("bits"), list):
                 spread += [{**entry, "bits": bits} for bits in entry["bits"]]
             else:
                 spread.append(entry)
         return spread
+
+
+def _has_names(entry: Any) -> bool:
+    """Whether an entry names a method, and no solver that is none; others are told by validation."""
+    return (
+        isinstance(entry, Mapping)
+        and entry.get("method") in METHODS
+        and entry.get("solver") in (None, *SOLVERS)
+    )
 
 
 AnyRecipe = ExportRecipe | ModelRecipe
@@ -64,7 +77,7 @@ _PARTS: dict[str, type[BaseModel]] = {
     "merge": MergeSpec,
     "shard": ShardSpec,
     "verify": VerifySpec,
-    **METHODS,
+    **SOLVERS,
 }
 _DIALECTS = (LLAMA_FACTORY, SWIFT)
 

@@ -30,7 +30,7 @@ from qexport.graph.foreign import (
     best_device,
     calibration_file,
 )
-from qexport.specs import AnyQuantizeSpec, BnbSpec, CalibrationSpec, GptqSpec, MergeSpec, Size, Spec
+from qexport.specs import AnyQuantizeSpec, CalibrationSpec, MergeSpec, Size, Spec, spec_of
 
 _SEQUENCE_LENGTH: int = CalibrationSpec.model_fields["sequence_length"].default
 # where a checkpoint tells its base: SWIFT's own record of the training, and PEFT's
@@ -64,8 +64,8 @@ class SwiftFile(ForeignFile):
     quant_bits: Literal[1, 2, 3, 4, 8, "float8"] | None = None
     quant_n_samples: int = Field(256, ge=1)
     group_size: int = 128
-    bnb_4bit_quant_type: Literal["nf4"] = "nf4"
-    bnb_4bit_use_double_quant: Literal[True] = True
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = True
     dataset: tuple[str, ...] = ()
     max_length: int = Field(_SEQUENCE_LENGTH, ge=8)
     seed: int = Field(42, ge=0)
@@ -148,42 +148,70 @@ class SwiftFile(ForeignFile):
         return f"{os.path.normpath(origin)}-{suffix}"
 
     def _quantize(self) -> AnyQuantizeSpec | None:
-        if self.quant_method is None:
-            if self.quant_bits is not None:
+        method, bits = self.quant_method, self.quant_bits
+        if method is None:
+            if bits is not None:
                 raise RecipeError(
-                    "the key 'quant_method' is missing", expected="with quant_bits, gptq or bnb"
+                    "the key 'quant_method' is missing", expected=f"with quant_bits, {', '.join(_WIDTHS)}"
                 )
             return None
-        if self.quant_method not in ("gptq", "bnb"):
-            raise RecipeError(
-                f"quant_method: {self.quant_method} is not there yet", expected="gptq or bnb so far"
-            )
-        bits = self.quant_bits
-        if self.quant_method == "bnb":
-            if bits != 4 and bits != 8:
-                raise RecipeError(f"quant_bits: bnb has 4 or 8, found {bits}")
-            return BnbSpec(bits=bits, max_shard_size=self.max_shard_size)
-        if bits != 2 and bits != 3 and bits != 4 and bits != 8:
-            raise RecipeError(f"quant_bits: gptq has 2, 3, 4 or 8, found {bits}")
-        if len(self.dataset) != 1:
-            raise RecipeError(
-                f"dataset: gptq calibrates on one file, found {len(self.dataset) or 'none'}",
-                remedy="join them into one" if self.dataset else "name a .json, .jsonl or .txt file",
-            )
-        if "#" in self.dataset[0] and not is_file(Path(self.dataset[0])):
-            raise RecipeError(
-                f"dataset: {self.dataset[0]}: qexport takes no count after the name",
-                remedy="take '#' and the number away; quant_n_samples says how many samples are taken",
-            )
-        return GptqSpec(
-            bits=bits,
-            group_size=self.group_size if "group_size" in self.model_fields_set else None,
+        if method not in _WIDTHS:
+            raise RecipeError(f"quant_method: {method} is not there yet", expected=", ".join(_WIDTHS))
+        widths = _WIDTHS[method]
+        if bits not in widths and not (bits is None and len(widths) == 1):
+            raise RecipeError(f"quant_bits: {method} has {_either(widths)}, found {bits}")
+        preset, formats = ("gptq", "gptq_v2") if method == "gptq_v2" else (method, None)
+        calibration: dict[str, Any] = self._calibration(method) if method in _CALIBRATED else {}
+        return spec_of(
+            preset,
+            format=formats,
+            bits=bits or widths[0],
+            group_size=self.group_size
+            if "group_size" in self.model_fields_set and method in _GROUPED
+            else None,
             max_shard_size=self.max_shard_size,
-            calibration=calibration_file("dataset", self.dataset[0]),
-            samples=self.quant_n_samples,
-            sequence_length=self.max_length,
-            seed=self.seed if self.data_seed is None else self.data_seed,
+            quant_type=self.bnb_4bit_quant_type if method == "bnb" and bits == _FOUR else None,
+            double_quant=self.bnb_4bit_use_double_quant if method == "bnb" and bits == _FOUR else None,
+            **calibration,
         )
+
+    def _calibration(self, method: str) -> dict[str, Any]:
+        if not self.dataset:
+            raise RecipeError(
+                f"dataset: {method} calibrates on files, found none",
+                remedy="name a .json, .jsonl or .txt file",
+            )
+        for dataset in self.dataset:
+            if "#" in dataset and not is_file(Path(dataset)):
+                raise RecipeError(
+                    f"dataset: {dataset}: qexport takes no count after the name",
+                    remedy="take '#' and the number away; quant_n_samples says how many samples are taken",
+                )
+        return {
+            "calibration": tuple(calibration_file("dataset", dataset) for dataset in self.dataset),
+            "samples": self.quant_n_samples,
+            "sequence_length": self.max_length,
+            "seed": self.seed if self.data_seed is None else self.data_seed,
+        }
+
+
+_WIDTHS: dict[str, tuple[int, ...]] = {
+    "gptq": (2, 3, 4, 8),
+    "gptq_v2": (2, 3, 4, 8),
+    "awq": (4,),
+    "bnb": (4, 8),
+    "hqq": (1, 2, 3, 4, 8),
+    "eetq": (8,),
+}
+_FOUR = 4  # bits from which bitsandbytes has kinds
+_CALIBRATED = ("gptq", "gptq_v2", "awq")
+_GROUPED = (*_CALIBRATED, "hqq")
+
+
+def _either(widths: tuple[int, ...]) -> str:
+    """4; 4 or 8; 2, 3 or 4."""
+    *most, last = map(str, widths)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 _OLD = "that is its name of SWIFT 2: write {} instead"

@@ -17,6 +17,7 @@ from qexport.checkpoint.finiteness import is_finite, non_finite_error
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.safetensors_file import StoredTensor, read_header, read_rows, read_tensor
 from qexport.checkpoint.tensors import TensorInfo
+from qexport.checkpoint.weighted import split_weighted
 from qexport.errors import AdapterError, CheckpointNotFoundError, UnsafeFileError
 
 CONFIG_FILE = "adapter_config.json"
@@ -126,21 +127,8 @@ def require_finite_adapter(adapter: Adapter) -> None:
 
 
 def split_weight(source: str) -> tuple[str, float | None]:
-    """`A:0.7` as A and 0.7. A name that exists with its colon is taken as it stands."""
-    name, colon, tail = source.rpartition(":")
-    if not colon or not name or exists(Path(source)):
-        return source, None
-    try:
-        weight = float(tail)
-    except ValueError:
-        if exists(Path(name)):
-            raise AdapterError(
-                f"the weight of {name} is {tail!r}", expected="a number, as in A:0.7"
-            ) from None
-        return source, None
-    if not abs(weight) < float("inf"):
-        raise AdapterError(f"the weight of {name} is {tail}", expected="a finite number, as in A:0.7")
-    return name, weight
+    """`A:0.7` as A and 0.7. Raises AdapterError for a weight that is no finite number."""
+    return split_weighted(source, AdapterError)
 
 
 def open_adapter(source: str | Path) -> Adapter:

@@ -16,7 +16,7 @@ from qexport.merging.edits import Loading
 from qexport.merging.peft_layers import PeftLayers
 from qexport.merging.settings import not_converted
 from qexport.merging.trained import add_trained
-from qexport.modeling.skeleton import build_skeleton
+from qexport.modeling.skeleton import build_model
 
 # kinds whose merge changes more than the weight
 _CHANGES_BIAS = frozenset({"IA3", "ROAD", "ADAMSS", "GLORA", "BEFT", "LN_TUNING"})
@@ -76,8 +76,8 @@ def add_by_peft(book: EditBook, checkpoint: Checkpoint, *, trust_remote_code: bo
         for name, tensor in adapter.tensors.items():
             add_trained(book, name, tensor)
         return
-    skeleton = build_skeleton(checkpoint.path, trust_remote_code=trust_remote_code)
-    layers = PeftLayers(adapter, skeleton.model)
+    model = build_model(checkpoint.path, trust_remote_code=trust_remote_code)
+    layers = PeftLayers(adapter, model)
     held: dict[str, set[str]] = {module: set() for module in layers.modules}
     for name, tensor in adapter.tensors.items():
         module = _owner(name, layers.modules)

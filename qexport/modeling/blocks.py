@@ -7,29 +7,96 @@ whatever else the architecture hands to a block are transformers' own, and nothi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from qexport.checkpoint.checkpoint import Checkpoint
-from qexport.modeling.architectures import architecture_of
-from qexport.modeling.skeleton import Skeleton, set_parameters
+from qexport.modeling.architectures import Architecture, architecture_of
+from qexport.modeling.folding import Fold, expand, folds_of
+from qexport.modeling.places import Place, read_places
+from qexport.modeling.skeleton import Skeleton, is_conv1d, set_parameters
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of a block: its path in the block, its module's full name on disk, and whether its
+    weight lies as [in, out] (Conv1D)."""
+
+    inner: str
+    name: str
+    transposed: bool
+
+
+def weight_of(block: nn.Module, layer: Layer) -> torch.Tensor:
+    """The layer's weight [out, in] in a loaded block, in fp32; its own memory where that is fp32 already."""
+    weight = block.get_parameter(f"{layer.inner}.weight").data.float()
+    return weight.T if layer.transposed else weight
+
+
+def set_weight(block: nn.Module, layer: Layer, weight: torch.Tensor) -> None:
+    """Puts `weight` [out, in] in the place of the layer's, in the dtype that the block has."""
+    parameter = block.get_parameter(f"{layer.inner}.weight")
+    parameter.data = (weight.T if layer.transposed else weight).to(parameter.dtype).contiguous()
+
+
+def layer_names(skeleton: Skeleton) -> frozenset[str]:
+    """Names on disk of all linear layers that have a place in their architecture's row.
+
+    Raises UnsupportedModelError for a model without a row.
+    """
+    row = architecture_of(skeleton.model_type)
+    count = len(skeleton.model.get_submodule(row.blocks))
+    return frozenset(
+        layer.name for index in range(count) for group in _groups(skeleton, row, index) for layer in group
+    )
+
+
+def _block_places(skeleton: Skeleton, row: Architecture, index: int) -> dict[str, Place]:
+    path = f"{row.blocks}.{index}"
+    return {
+        inner: skeleton.places[f"{path}.{inner}"] for inner in skeleton.model.get_submodule(path).state_dict()
+    }
+
+
+def _groups(skeleton: Skeleton, row: Architecture, index: int) -> list[tuple[Layer, ...]]:
+    places = _block_places(skeleton, row, index)
+    modules = dict(skeleton.model.get_submodule(f"{row.blocks}.{index}").named_modules())
+    groups = []
+    for patterns in row.linears:
+        # the n-th names of all patterns share an input: of one expert, or the only ones
+        present = [names for pattern in patterns if (names := expand(pattern, modules))]
+        for inners in zip(*present, strict=True):
+            group = tuple(
+                Layer(inner, place.name.removesuffix(".weight"), is_conv1d(modules[inner]))
+                for inner in inners
+                if (place := places[f"{inner}.weight"]).expert is None
+            )
+            if group:
+                groups.append(group)
+    return groups
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """The forward pass has come to the place where it should end."""
 
 
+class _Unpacked(Exception):  # noqa: N818 - a signal, not an error
+    """The model took the first of what a block returned: its blocks return tuples."""
+
+
 class _PassThrough(nn.Module):
     """Stands where a block stood: keeps what it was called with, and passes the hidden states on."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, *, tuples: bool) -> None:
         super().__init__()
         self._stand_in_for = [block]  # in a list, so that it is no submodule
+        self._tuples = tuples
         self.call: Call | None = None
         self.received: torch.Tensor | None = None
         self.result: torch.Tensor | None = None
@@ -41,44 +108,77 @@ class _PassThrough(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_stand_in_for"][0], name)
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if hidden_states.dim() != 3:  # no longer [n, length, hidden]
+            raise _Unpacked
         self.received, self.call = hidden_states, (args, kwargs)
         if self.stop:
             raise _Reached
-        return hidden_states if self.result is None else self.result
+        result = hidden_states if self.result is None else self.result
+        return (result,) if self._tuples else result
 
 
 class BlockStream:
-    """Runs token batches through a checkpoint's model block by block, in `dtype`."""
+    """Runs token batches through a checkpoint's model block by block, in `dtype`.
+
+    Raises UnsupportedModelError for a model without a row in architectures.py.
+    """
 
     def __init__(
         self, skeleton: Skeleton, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
     ) -> None:
-        self._skeleton, self._checkpoint, self._dtype = skeleton, checkpoint, dtype
         self.architecture = architecture_of(skeleton.model_type)
+        self._skeleton, self._checkpoint, self._dtype = skeleton.bound(checkpoint), checkpoint, dtype
         self._owner_name, _, self._list_name = self.architecture.blocks.rpartition(".")
         self._blocks: nn.ModuleList = skeleton.model.get_submodule(self.architecture.blocks)
         self._calls: dict[tuple[int, ...], list[Call]] = {}
+        self._tuples = False  # whether the blocks return tuples; the first run tells
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def block_name(self, index: int) -> str:
-        """Full name of a block, e.g. model.layers.3."""
+        """Full name of a block on disk, e.g. model.layers.3."""
+        for inner, name in self.stored_names(index).items():
+            if name.endswith(f".{inner}"):
+                return name.removesuffix(f".{inner}")
         return f"{self.architecture.blocks}.{index}"
 
+    def _places(self, index: int) -> dict[str, Place]:
+        return _block_places(self._skeleton, self.architecture, index)
+
+    def stored_names(self, index: int) -> dict[str, str]:
+        """Name on disk of each tensor of a block, by its key in the block's state_dict.
+
+        Experts that lie fused on disk share a name.
+        """
+        return {inner: place.name for inner, place in self._places(index).items()}
+
+    def groups(self, index: int) -> list[tuple[Layer, ...]]:
+        """A block's linear layers, grouped by common input, in the order in which the block runs them.
+
+        Each expert has groups of its own. Layers that lie fused on disk are left out.
+        """
+        return _groups(self._skeleton, self.architecture, index)
+
+    def folds(self, index: int) -> list[Fold]:
+        """The pairs of a block through which a scale can move, each expert's of its own.
+
+        Left out are those that would change experts which lie fused on disk.
+        """
+        fused = {
+            inner.removesuffix(".weight")
+            for inner, place in self._places(index).items()
+            if place.expert is not None
+        }
+        folds = folds_of(self._blocks[index], self.architecture, self._skeleton.config)
+        return [fold for fold in folds if not fused & {fold.source, *fold.targets}]
+
     @contextlib.contextmanager
-    def _loaded(self, names: list[str], prefix: str, module: nn.Module) -> Iterator[nn.Module]:
-        empty = {name: value for name, value in module.state_dict().items() if name in names}
-        tie = self._checkpoint.tie
+    def _loaded(self, places: dict[str, Place], module: nn.Module) -> Iterator[nn.Module]:
+        empty = {name: value for name, value in module.state_dict().items() if name in places}
         try:
-            for name in names:
-                if tie and prefix + name == tie.head:
-                    value = module.get_parameter(tie.embedding).data
-                else:
-                    value = self._checkpoint.read(prefix + name)
-                if value.is_floating_point():
-                    value = value.to(self._dtype)
+            for name, value in read_places(self._checkpoint, places, self._dtype):
                 set_parameters(module, {name: value})
             yield module
         finally:
@@ -86,17 +186,20 @@ class BlockStream:
 
     def _outer(self, *, with_head: bool) -> contextlib.AbstractContextManager[nn.Module]:
         """Everything outside the blocks: embeddings, final norm and, when wanted, the output head."""
-        model = self._skeleton.model
         left_out = [self.architecture.blocks + "."]
         if not with_head and self._skeleton.head_name:
             left_out.append(self._skeleton.head_name + ".")
-        names = [name for name in model.state_dict() if not name.startswith(tuple(left_out))]
-        return self._loaded(names, "", model)
+        places = {
+            name: place
+            for name, place in self._skeleton.places.items()
+            if not name.startswith(tuple(left_out))
+        }
+        return self._loaded(places, self._skeleton.model)
 
     @contextlib.contextmanager
     def _shell(self) -> Iterator[list[_PassThrough]]:
         owner = self._skeleton.model.get_submodule(self._owner_name)
-        passes = [_PassThrough(block) for block in self._blocks]
+        passes = [_PassThrough(block, tuples=self._tuples) for block in self._blocks]
         setattr(owner, self._list_name, nn.ModuleList(passes))
         try:
             yield passes
@@ -106,8 +209,16 @@ class BlockStream:
     @torch.no_grad()
     def embed(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         """Token ids [n, length] each -> hidden states [n, length, hidden] before the first block."""
+        with self._outer(with_head=False):
+            try:
+                return self._embedded(batches)
+            except _Unpacked:
+                self._tuples = True
+                return self._embedded(batches)
+
+    def _embedded(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
         embedded = []
-        with self._outer(with_head=False), self._shell() as passes:
+        with self._shell() as passes:
             passes[-1].stop = True
             for tokens in batches:
                 with contextlib.suppress(_Reached):
@@ -120,9 +231,8 @@ class BlockStream:
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """A block with its weights, for as long as the context lasts."""
-        prefix = self.block_name(index) + "."
         block = self._blocks[index]
-        with self._loaded(list(block.state_dict()), prefix, block):
+        with self._loaded(self._places(index), block):
             yield block
 
     @torch.no_grad()
@@ -130,25 +240,46 @@ class BlockStream:
         """`hidden` [n, length, hidden] through a block that is loaded; batches as given to `embed`."""
         args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
         out = self._blocks[index](hidden, *args, **kwargs)
-        result: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        self._tuples = isinstance(out, tuple)
+        result: torch.Tensor = out[0] if self._tuples else out
         return result
 
     @torch.no_grad()
-    def run_until(self, index: int, hidden: torch.Tensor, inner: str) -> torch.Tensor:
-        """The input [n, length, in] of the block's inner layer named `inner`; the rest is not run."""
-        received: list[torch.Tensor] = []
+    def inputs(
+        self,
+        index: int,
+        hidden: torch.Tensor,
+        wanted: Sequence[str],
+        see: Callable[[str, torch.Tensor], None],
+        stop: bool = True,
+    ) -> torch.Tensor | None:
+        """Runs `hidden` [n, length, hidden] through a loaded block and shows `see` the inner name of each
+        wanted layer with its input [..., in].
 
-        def stop(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            received.append(args[0].detach())
-            raise _Reached
+        An expert's input [tokens, in] holds the tokens that chose it; one that none chose is not shown. With
+        `stop` the run ends at the last wanted layer, unless experts are among them. Returns the block's
+        output when it ran to the end.
+        """
+        block, waiting = self._blocks[index], set(wanted)
+        stop = stop and not any(_is_experts(inner) for inner in wanted)
 
-        hook = self._blocks[index].get_submodule(inner).register_forward_pre_hook(stop)
+        def hook(inner: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+            def show(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+                see(inner, args[0].detach())
+                waiting.discard(inner)
+                if stop and not waiting:
+                    raise _Reached
+
+            return show
+
+        hooks = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in waiting]
         try:
-            with contextlib.suppress(_Reached):
-                self.run(index, hidden)
+            return self.run(index, hidden)
+        except _Reached:
+            return None
         finally:
-            hook.remove()
-        return received[0]
+            for handle in hooks:
+                handle.remove()
 
     @torch.no_grad()
     def logits(self, batches: list[torch.Tensor], hidden: list[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -157,3 +288,8 @@ class BlockStream:
             for tokens, final in zip(batches, hidden, strict=True):
                 passes[-1].result = final
                 yield self._skeleton.model(input_ids=tokens, use_cache=False).logits
+
+
+def _is_experts(inner: str) -> bool:
+    """Whether the layer is one of many experts, any of which may get no token."""
+    return any(part.isdigit() for part in inner.split("."))

@@ -10,12 +10,12 @@ from qexport.modeling.skeleton import Skeleton
 
 def structure_problems(checkpoint: Checkpoint, skeleton: Skeleton) -> list[str]:
     """What is missing, unexpected or of another shape, a line each with the first three names."""
+    skeleton = skeleton.bound(checkpoint)
     expected = skeleton.expected_shapes()
     found = set(checkpoint.names())
-    aliases = {checkpoint.tie.head} if checkpoint.tie and skeleton.tied else set()
     ignored = [re.compile(pattern) for pattern in skeleton.ignored_patterns()]
     problems = {
-        "missing": sorted(set(expected) - found - aliases),
+        "missing": sorted(set(expected) - found),
         "unexpected": sorted(
             name for name in found - set(expected) if not any(pattern.search(name) for pattern in ignored)
         ),

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.modeling.places import read_places
 from qexport.modeling.skeleton import Skeleton, set_parameters
 
 
 def load_whole(skeleton: Skeleton, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
     """The skeleton's model with every weight of `checkpoint`, decoded, in `dtype`. It stays loaded."""
-    model, expected = skeleton.model, skeleton.expected_shapes()
-    for name in checkpoint.names():
-        if name in expected:
-            value = checkpoint.read(name)
-            set_parameters(model, {name: value.to(dtype) if value.is_floating_point() else value})
-    if checkpoint.tie:
-        set_parameters(model, {checkpoint.tie.head: model.get_parameter(checkpoint.tie.embedding).data})
+    model = skeleton.model
+    places = {
+        key: place for key, place in skeleton.bound(checkpoint).places.items() if place.name in checkpoint
+    }
+    for key, value in read_places(checkpoint, places, dtype):
+        set_parameters(model, {key: value})
     return model

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Any
 
 import torch
 
-Codes = TypeVar("Codes", covariant=True)
+from qexport.grids.grid import Grid, encode
 
 
-class RoundingGrid(Protocol[Codes]):
-    """A grid that can tell the nearest codes of a matrix."""
-
-    def quantize(self, weight: torch.Tensor) -> Codes:
-        """The nearest codes of `weight` [out, in]."""
-
-
-def round_to_nearest(weight: torch.Tensor, grid: RoundingGrid[Codes]) -> Codes:
-    """The codes of `weight` [out, in] nearest to it, each by itself. Works on every grid."""
-    return grid.quantize(weight)
+def round_to_nearest(weight: torch.Tensor, grid: Grid) -> Any:
+    """The codes nearest to `weight` [out, in], each by itself, on any grid. Not changed."""
+    return encode(grid, weight, grid.fit(weight))

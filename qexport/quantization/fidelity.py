@@ -1,0 +1,38 @@
+"""How far each layer's codes are from the weights they stand for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from qexport.results import TensorError
+
+_ROWS_AT_ONCE = 1 << 22  # values in fp32 that are compared at once
+
+
+def tensor_error(
+    name: str, bits: int, weight: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor | None = None
+) -> TensorError:
+    """|W' - W| / |W| for W [out, in], and with a Hessian [in, in] of its inputs the same for its outputs.
+
+    Nothing is changed.
+    """
+    rows = max(1, _ROWS_AT_ONCE // max(weight.shape[1], 1))
+    square = lost = weighted_square = weighted_lost = 0.0
+    for begin in range(0, len(weight), rows):
+        W = weight[begin : begin + rows].float()  # noqa: N806
+        D = decoded[begin : begin + rows] - W  # noqa: N806
+        square += float(W.square().sum())
+        lost += float(D.square().sum())
+        if hessian is not None:
+            weighted_square += float((W @ hessian * W).sum())
+            weighted_lost += float((D @ hessian * D).sum())
+    weighted = None if hessian is None else _ratio(weighted_lost, weighted_square)
+    return TensorError(name, bits, _ratio(lost, square), weighted)
+
+
+def _ratio(lost: float, square: float) -> float:
+    if square <= 0:
+        return math.inf if lost > 0 else 0.0
+    return math.sqrt(max(lost, 0.0) / square)

@@ -1,0 +1,153 @@
+"""The verb: one checkpoint in, one quantized checkpoint out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qexport.checkpoint.checkpoint import Checkpoint, open_directory
+from qexport.checkpoint.finiteness import require_finite
+from qexport.checkpoint.hub import resolve
+from qexport.checkpoint.manifest import Recipe, fingerprint
+from qexport.checkpoint.sidecars import sidecars_of
+from qexport.checkpoint.writer import CheckpointWriter
+from qexport.events import Finished, OnEvent, Started, ignore
+from qexport.measure import Measured
+from qexport.modeling.calibration import (
+    CalibrationData,
+    calibration_data,
+    calibration_fingerprints,
+    check_calibration,
+)
+from qexport.modeling.skeleton import Skeleton, build_skeleton
+from qexport.quantization.by_blocks import BlockQuantizer
+from qexport.quantization.data_free import quantize_alone
+from qexport.quantization.plan import Plan, plan_quantization
+from qexport.results import QuantizeResult, TensorError
+from qexport.specs import AnyQuantizeSpec, CalibrationSpec
+
+
+def quantize_recipe(source: Path, spec: AnyQuantizeSpec) -> Recipe:
+    """What determines the output of `quantize`; the calibration text counts by its content."""
+    inputs = {"model": fingerprint(source)}
+    if isinstance(spec, CalibrationSpec):
+        inputs |= calibration_fingerprints(spec)
+    return Recipe("quantize", spec.model_dump(exclude={"calibration"}), inputs, spec.packages)
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    spec: AnyQuantizeSpec,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    on_event: OnEvent = ignore,
+) -> QuantizeResult:
+    """Writes `source` to `out` with its linear layers quantized as `spec` says.
+
+    Norms, routers and what the spec skips stay as they are, embeddings and the output head too unless they
+    are asked for, and so does a layer that the format cannot hold; the result names those. Methods without
+    data stream tensor by tensor; calibrated ones hold one block and the calibration activations. The input
+    is not changed.
+
+    Raises InputError for what cannot be read or does not fit, NonFiniteError before the long work,
+    MissingDependencyError, OutputExistsError, StorageError.
+    """
+    path, out = resolve(source), Path(out)
+    checkpoint = open_directory(path)
+    skeleton = build_skeleton(path, trust_remote_code=trust_remote_code)
+    plan = plan_quantization(checkpoint, skeleton, spec, on_event)
+    data = None
+    if isinstance(spec, CalibrationSpec):
+        data = calibration_data(
+            path, spec, plan.skeleton, trust_remote_code=trust_remote_code, on_event=on_event
+        )
+    with (
+        Measured() as cost,
+        CheckpointWriter(
+            out,
+            plan.infos,
+            config={**checkpoint.config, **plan.config_entries},
+            recipe=lambda: quantize_recipe(path, spec),
+            max_shard_size=spec.max_shard_size,
+            sidecars=sidecars_of(path),
+            finish=plan.method.format.finish,
+            sources=[path],
+            overwrite=overwrite,
+            on_event=on_event,
+        ) as writer,
+    ):
+        for name, content in plan.method.format.extra_files(plan.config_entries).items():
+            writer.add_json(name, content)
+        require_finite(checkpoint, on_event=on_event)
+        on_event(Started(f"{spec.method} {spec.bits} bits", len(plan.grids), "layers"))
+        errors = _run(plan, data, writer, on_event)
+        on_event(Finished())
+        figures = _figures(plan, writer.plan.size)
+        writer.figures.update(figures)
+        writer.figures["tensor_errors"] = [asdict(error) for error in errors]
+        if data:
+            writer.figures["calibration"] = data.figures()
+    return QuantizeResult(
+        path=out,
+        method=spec.method,
+        solver=spec.solver,
+        format=spec.format,
+        bits=spec.bits,
+        quantized_layers=len(plan.grids),
+        layers_left=tuple(plan.left),
+        size_bytes=writer.plan.size,
+        bits_per_weight=figures["bits_per_weight"],
+        layer_bits_per_weight=figures["layer_bits_per_weight"],
+        seconds=cost.seconds,
+        peak_bytes=cost.peak_bytes,
+        tensors=tuple(errors),
+    )
+
+
+def planned_size(
+    checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec, *, on_event: OnEvent = ignore
+) -> int:
+    """Bytes of the weights that `quantize` would write: all is checked, no tensor is read.
+
+    Raises the InputError that `quantize` would.
+    """
+    plan = plan_quantization(checkpoint, skeleton, spec, on_event)
+    if isinstance(spec, CalibrationSpec):
+        check_calibration(spec)
+    return sum(info.size for info in plan.infos)
+
+
+def _run(
+    plan: Plan, data: CalibrationData | None, writer: CheckpointWriter, on_event: OnEvent
+) -> list[TensorError]:
+    """Writes every tensor; the errors of the layers in the order in which they were solved."""
+    rewritten: set[str] = set()
+    errors: list[TensorError] = []
+    alone = list(plan.grids)
+    if data is not None:
+        blocks = BlockQuantizer(plan, data, writer.write, on_event)
+        blocks.run()
+        rewritten, errors = blocks.rewritten, blocks.errors
+        alone = [name for name in plan.grids if name in plan.alone]
+    errors += quantize_alone(plan, alone, writer.write, on_event)
+    for name in plan.kept():
+        if name not in rewritten:
+            writer.write(name, plan.checkpoint.read(name))
+    return errors
+
+
+def _figures(plan: Plan, size: int) -> dict[str, Any]:
+    checkpoint = plan.checkpoint
+    parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
+    coded = sum(info.size for info in plan.infos) - sum(checkpoint.info(name).size for name in plan.kept())
+    weights = sum(checkpoint.info(name).numel for name in plan.weights)
+    return {
+        "size_bytes": size,
+        "bits_per_weight": round(8 * size / parameters, 4),
+        "layer_bits_per_weight": round(8 * coded / weights, 4),
+        "quantized_layers": len(plan.grids),
+        "layers_left": len(plan.left),
+    }

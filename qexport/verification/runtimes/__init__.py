@@ -1,0 +1,1 @@
+"""The real runtimes: does what users will run compute what our decoded weights compute?"""

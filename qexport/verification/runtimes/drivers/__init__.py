@@ -1,0 +1,1 @@
+"""Scripts that run inside a runtime's own Python, where qexport may not be installed."""
