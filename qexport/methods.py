@@ -45,12 +45,15 @@ class FormatRow:
     module: Format
     groups: tuple[int, ...]
     runtimes: tuple[str, ...]
+    # what reads layers of differing bits, Conv1D layers and experts, where transformers does not
+    not_by_transformers: str = ""
 
 
+_OWN_LOADER = "GPTQModel's own loader and vLLM"
 FORMATS: dict[str, FormatRow] = {
-    "gptq": FormatRow(gptq, (128, 64, 32), ("GPTQModel", "vLLM")),
-    "gptq_v2": FormatRow(gptq_v2, (128, 64, 32), ("GPTQModel", "vLLM")),
-    "awq": FormatRow(awq, (128, 64, 32), ("GPTQModel", "vLLM")),
+    "gptq": FormatRow(gptq, (128, 64, 32), ("GPTQModel", "vLLM"), _OWN_LOADER),
+    "gptq_v2": FormatRow(gptq_v2, (128, 64, 32), ("GPTQModel", "vLLM"), _OWN_LOADER),
+    "awq": FormatRow(awq, (128, 64, 32), ("GPTQModel", "vLLM"), _OWN_LOADER),
     "hqq": FormatRow(hqq, (64, 32, 16), ("hqq",)),
     "hqq-safetensors": FormatRow(hqq_safetensors, (64, 32, 16), ()),
     "bitsandbytes": FormatRow(bitsandbytes, (), ("transformers", "vLLM")),

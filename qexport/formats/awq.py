@@ -99,11 +99,6 @@ def encode(module: str, codes: IntegerCodes, grid: IntegerGrid) -> dict[str, tor
     }
 
 
-def tensor_name(name: str, model_type: str) -> str:
-    """As on disk."""
-    return name
-
-
 def config_entries(facts: Facts) -> dict[str, Any]:
     """config.json's `quantization_config`, as AutoAWQ writes it; it has room for one grid only."""
     if facts.model_type in _SCALED_ACTIVATIONS:

@@ -104,11 +104,6 @@ def encode(module: str, codes: IntegerCodes, grid: IntegerGrid) -> dict[str, tor
     return tensors
 
 
-def tensor_name(name: str, model_type: str) -> str:
-    """A tensor's name in the output: its own."""
-    return name
-
-
 def config_entries(facts: Facts) -> dict[str, Any]:
     """config.json's `quantization_config`, as the library serializes it.
 
@@ -130,9 +125,23 @@ def config_entries(facts: Facts) -> dict[str, Any]:
     schemes = [_scheme(grid, names) for grid, names in members.items()]
     if common in grids.values():
         schemes.append(_scheme(common, ["Linear"]))
+    asymmetric = not all(grid.symmetric for grid in grids.values())
+    if asymmetric and len(schemes) > 1:
+        raise SpecError(
+            "asymmetric codes of several kinds in compressed-tensors, which transformers does not load",
+            remedy="use --symmetric, or leave --override away",
+        )
+    if asymmetric and any(".experts." in name for name in grids):
+        raise SpecError(
+            "asymmetric experts in compressed-tensors, which neither transformers nor vLLM reads",
+            remedy="use --symmetric",
+        )
     head = [] if facts.head in facts.grids or facts.head in facts.left else [facts.head]
+    # transformers 5.23 fails over packed zero points unless it is to decode the weights while it loads
+    dequantize = {"dequantize": True} if asymmetric else {}
     return {
         "quantization_config": {
+            **dequantize,
             "config_groups": {f"group_{index}": scheme for index, scheme in enumerate(schemes)},
             "format": PACKING,
             "global_compression_ratio": None,

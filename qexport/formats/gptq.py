@@ -119,11 +119,6 @@ def encode_as(version: str, module: str, codes: IntegerCodes, grid: IntegerGrid)
     }
 
 
-def tensor_name(name: str, model_type: str) -> str:
-    """As on disk."""
-    return name
-
-
 def config_entries(facts: Facts) -> dict[str, Any]:
     """config.json's `quantization_config`, which is quantize_config.json too."""
     versions = {version_of(cast(IntegerGrid, grid)) for grid in (facts.common, *facts.grids.values())}

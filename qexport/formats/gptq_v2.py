@@ -25,7 +25,6 @@ from qexport.formats.gptq import (
     grid_for,
     layout,
     obstacle,
-    tensor_name,
 )
 from qexport.grids.integer import IntegerCodes, IntegerGrid
 
@@ -45,7 +44,6 @@ __all__ = [
     "grid_for",
     "layout",
     "obstacle",
-    "tensor_name",
 ]
 
 NAME = "gptq_v2"

@@ -24,7 +24,6 @@ and hqq evaluates the names of dtypes in it.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +53,8 @@ BITS = (8, 6, 5, 4, 3, 2, 1)
 PICKLE = "qmodel.pt"
 _DEFAULT_GROUP = 64
 _GROUP_STEP = 8  # hqq demands multiples of it
+# what transformers calls modules in memory, and so hqq, where the checkpoint has another name
+_IN_MEMORY = {"gpt_neox": {"embed_out": "lm_head"}}
 _PARTS = ("W_q", "scale", "zero", "shape", "axis", "packing")
 
 
@@ -200,11 +201,6 @@ def _unpack(words: torch.Tensor, packing: _Packing, rows: int) -> torch.Tensor:
     return codes[:rows]
 
 
-def tensor_name(name: str, model_type: str) -> str:
-    """A tensor's name in the output: its own."""
-    return name
-
-
 def config_entries(facts: Facts) -> dict[str, Any]:
     """config.json's `quantization_config`, in the form of transformers' HqqConfig.
 
@@ -260,13 +256,8 @@ def extra_files(entries: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def finish(directory: Path) -> None:
-    """Writes qmodel.pt, made of the safetensors, a tensor in memory at a time.
-
-    Not for models whose experts lie one by one: transformers 5 has them fused, and hqq could not place them.
-    """
+    """Writes qmodel.pt, made of the safetensors, a tensor in memory at a time."""
     checkpoint = open_directory(directory)
-    if any(re.search(r"\.experts\.\d+\.", name) for name in checkpoint.stored):
-        return
     kept = [tensor for name, tensor in checkpoint.stored.items() if _is_kept(name, checkpoint.stored)]
     with write_errors(directory):
         file = TorchFile(directory / PICKLE, kept, lambda tensors: _by_module(tensors, checkpoint))
@@ -295,7 +286,8 @@ def _by_module(tensors: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, 
         embedding = modules.get(tie.embedding.removesuffix(".weight"), {})
         if "weight" in embedding:
             modules[tie.head.removesuffix(".weight")] = {"weight": embedding["weight"]}
-    return modules
+    renamed = _IN_MEMORY.get(str(checkpoint.config.get("model_type")), {})
+    return {renamed.get(name, name): own for name, own in modules.items()}
 
 
 def _read_settings(module: str, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:

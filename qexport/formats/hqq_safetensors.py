@@ -18,7 +18,6 @@ from qexport.formats.hqq import (
     grid_for,
     layout,
     obstacle,
-    tensor_name,
 )
 
 __all__ = [
@@ -37,7 +36,6 @@ __all__ = [
     "grid_for",
     "layout",
     "obstacle",
-    "tensor_name",
 ]
 
 NAME = "hqq-safetensors"

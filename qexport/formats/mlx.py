@@ -29,7 +29,7 @@ from qexport.checkpoint.safetensors_file import StoredTensor, read_header, read_
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.errors import CorruptFileError, SpecError, UnsupportedModelError
 from qexport.formats.format import Facts, Wish
-from qexport.formats.mlx_names import Found, Place, hugging_face_names, place_of, plain_name, renames
+from qexport.formats.mlx_names import UNKNOWN, Found, Place, hugging_face_names, place_of, plain_name, renames
 from qexport.formats.packing import pack_rows, unpack_rows
 from qexport.formats.parts import FLOATS, misfit, require_part
 from qexport.grids.integer import IntegerCodes, IntegerGrid
@@ -94,13 +94,13 @@ def encode(module: str, codes: IntegerCodes, grid: IntegerGrid) -> dict[str, tor
     }
 
 
-def tensor_name(name: str, model_type: str) -> str:
-    """A tensor's name while it is written: its own. `finish` renames, for it can stack experts too."""
-    return name
-
-
 def config_entries(facts: Facts) -> dict[str, Any]:
-    """config.json's `quantization`, and the same as `quantization_config`."""
+    """config.json's `quantization`, and the same as `quantization_config`.
+
+    Raises SpecError for a model that mlx_lm does not know, and for experts of a layer that differ.
+    """
+    if facts.model_type in UNKNOWN:
+        raise SpecError(f"mlx-lm has no {facts.model_type} models", remedy="choose another format")
     common = cast(IntegerGrid, facts.common)
     grids: dict[str, IntegerGrid | None] = dict.fromkeys(facts.left)
     grids |= cast(Mapping[str, IntegerGrid], facts.grids)

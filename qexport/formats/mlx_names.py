@@ -26,6 +26,8 @@ _STACKED = {
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _EXPERT = re.compile(r"(?P<stem>.*\.(?P<home>mlp|block_sparse_moe))\.experts\.(?P<number>\d+)\.(?P<part>\w+)")
 _STACK = re.compile(r"(?P<stem>.*\.(?P<home>mlp|block_sparse_moe))\.switch_mlp\.(?P<part>\w+)\.(?P<leaf>\w+)")
+# Model types of Hugging Face's that mlx_lm 0.32.2 has no model for
+UNKNOWN = frozenset({"bloom", "codegen", "falcon", "gpt_neo", "mpt", "opt"})
 _MAX_EXPERTS = 4096  # far above any real number
 # GPT-2's weights that lie transposed, and buffers that MLX does without
 _CONV1D = re.compile(r"(^|\.)h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight$")

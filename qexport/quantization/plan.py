@@ -133,6 +133,7 @@ def plan_quantization(
         on_event(
             Noted(f"{len(fused)} tensors of fused experts stay in full precision: {first_of(list(fused), 2)}")
         )
+    _tell_of_loaders(method, skeleton, grids, on_event)
     left = {**dict.fromkeys(sorted(skip), "left out by --skip"), **obstacles}
     return Plan(
         checkpoint,
@@ -227,6 +228,22 @@ def _tell(obstacles: Mapping[str, str], linears: Mapping[str, Sequence[int]], on
                 f"{len(names)} of {len(linears)} linear layers stay in full precision, {reason}: "
                 f"{first_of(names, 2)} ({shape})"
             )
+        )
+
+
+def _tell_of_loaders(
+    method: Method, skeleton: Skeleton, grids: Mapping[str, Grid], on_event: OnEvent
+) -> None:
+    """What transformers itself does not read of the files, though other runtimes do."""
+    special = {
+        "layers of differing bits": len(set(grids.values())) > 1,
+        "Conv1D layers": any(name in skeleton.transposed for name in grids),
+        "experts": any(map(_EXPERT.search, grids)),
+    }
+    found = [what for what, there in special.items() if there]
+    if found and (loader := FORMATS[method.spec.format].not_by_transformers):
+        on_event(
+            Noted(f"{' and '.join(found)} in {method.spec.format} are read by {loader}, not by transformers")
         )
 
 

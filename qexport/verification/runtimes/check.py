@@ -27,20 +27,12 @@ from qexport.formats.opening import open_checkpoint
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.modeling.whole import load_whole
 from qexport.results import RuntimeCheck
+from qexport.verification.runtimes import support
 from qexport.verification.runtimes.drivers.driver import Job, Outcome
 from qexport.verification.runtimes.process import ABSENT, CRASHED, KILLED, require_python, run_jobs, runtimes
 
-PLAIN = "16-bit"
-# Which runtimes read what, by `quant_method`.
-READERS: dict[str, tuple[str, ...]] = {
-    PLAIN: ("transformers", "mlx"),
-    "bitsandbytes": ("transformers",),
-    "compressed-tensors": ("transformers",),
-    "gptq": ("gptqmodel",),
-    "awq": ("gptqmodel",),
-    "hqq": ("hqq",),
-    "mlx": ("mlx",),
-}
+PLAIN = support.PLAIN
+READERS = support.readers_by_method()
 # The largest |theirs - ours| / |ours| that is the runtime's own rounding, on models of two random blocks
 # times a few. A layer that is read wrongly gives 0.3 and more.
 TOLERANCES = {
@@ -94,15 +86,40 @@ def check_runtime(
     skeleton = build_skeleton(checkpoint.path, trust_remote_code=trust_remote_code)
     ids = token_ids(skeleton)
     with tempfile.TemporaryDirectory(prefix="qexport-logits-") as work:
-        job: Job = {
-            "model": str(checkpoint.path.absolute()),
-            "ids": ids.tolist(),
-            "logits": str(Path(work) / "logits.npy"),
-            "trust_remote_code": trust_remote_code,
-        }
+        job = job_for(checkpoint, ids, Path(work) / "logits.npy", trust_remote_code=trust_remote_code)
         outcome = run_jobs(runtime, [job], python=python, on_event=on_event)[0]
-        _require_loaded(outcome, runtime, checkpoint.path, python)
-        theirs = read_logits(job)
+        return check_of(outcome, job, runtime, checkpoint, skeleton, python=python, tolerance=tolerance)
+
+
+def job_for(
+    checkpoint: Checkpoint, ids: torch.Tensor, logits: Path, *, trust_remote_code: bool = False
+) -> Job:
+    """What a runtime is told to do: run `checkpoint` on `ids` and leave its logits there."""
+    return {
+        "model": str(checkpoint.path.absolute()),
+        "ids": ids.tolist(),
+        "logits": str(logits),
+        "trust_remote_code": trust_remote_code,
+    }
+
+
+def check_of(
+    outcome: Outcome,
+    job: Job,
+    runtime: str,
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    *,
+    python: Path,
+    tolerance: float | None = None,
+) -> RuntimeCheck:
+    """What came of a job, held against the weights that we decode; `skeleton` holds them from then on.
+
+    Raises as `check_runtime` does where the runtime could not load the checkpoint.
+    """
+    _require_loaded(outcome, runtime, checkpoint.path, python)
+    theirs = read_logits(job)
+    ids = torch.tensor(job["ids"])
     difference = largest = same_top = None
     whole = not (outcome["missing"] or outcome["unexpected"] or outcome["mismatched"])
     if theirs is not None and whole:
@@ -114,7 +131,7 @@ def check_runtime(
         dtype=outcome["dtype"],
         layers=outcome["layers"],
         stored_layers=stored_layers(checkpoint),
-        decodes_at_load=method == "compressed-tensors",
+        decodes_at_load=method_of(checkpoint) == "compressed-tensors",
         missing=tuple(outcome["missing"]),
         unexpected=tuple(outcome["unexpected"]),
         mismatched=tuple(outcome["mismatched"]),

@@ -30,7 +30,7 @@ RUNTIMES = {
         ("torch", "transformers", "accelerate", "bitsandbytes", "compressed-tensors"),
     ),
     "gptqmodel": (
-        "transformers_loader",
+        "gptqmodel_loader",
         ("torch", "transformers", "accelerate", "optimum", "gptqmodel"),
         ("torch", "transformers", "accelerate", "optimum", "gptqmodel"),
     ),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 if TYPE_CHECKING:
     from qexport.verification.runtimes.drivers.driver import Job, Loaded
@@ -17,18 +19,27 @@ _BNB_LAYERS = ("Linear4bit", "Linear8bitLt")
 
 def load(job: Job) -> Loaded:
     """The model in fp32 on the CPU, and what transformers did not find a place or a tensor for."""
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     kind: Any = AutoModelForCausalLM
-    model, info = kind.from_pretrained(
-        job["model"],
-        device_map="cpu",
-        dtype=torch.float32,
-        output_loading_info=True,
-        local_files_only=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # they are told, not raised
-        trust_remote_code=job["trust_remote_code"],
-    )
+    log = _Log()
+    logging.getLogger("transformers").addHandler(log)
+    try:
+        model, info = kind.from_pretrained(
+            job["model"],
+            device_map="cpu",
+            dtype=torch.float32,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are told, not raised
+            trust_remote_code=job["trust_remote_code"],
+        )
+    except RuntimeError as error:
+        if unmade := log.not_converted():
+            raise ValueError(f"its parts do not make {', '.join(unmade)}") from error
+        raise
+    finally:
+        logging.getLogger("transformers").removeHandler(log)
     model.eval()
     compute_in_fp32(model)
 
@@ -45,6 +56,20 @@ def load(job: Job) -> Loaded:
         "mismatched": [str(entry[0]) for entry in info["mismatched_keys"]],
         "problems": [str(message) for message in info.get("error_msgs") or ()],
     }
+
+
+class _Log(logging.Handler):
+    """What transformers logs: the names of layers that cannot be made stand nowhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._text += record.getMessage() + "\n"
+
+    def not_converted(self) -> list[str]:
+        return re.findall(r"^(\S+)\s*\|\s*CONVERSION", self._text, re.MULTILINE)
 
 
 def compute_in_fp32(model: Any) -> None:
@@ -70,7 +95,9 @@ def quantized_layers(model: Any) -> dict[str, int]:
 
 def _is_quantized(module: Any) -> bool:
     classes = [kind.__name__ for kind in type(module).__mro__]
-    if "BaseQuantLinear" in classes or any(name in classes for name in _BNB_LAYERS):  # GPTQModel's, bitsandbytes'
+    if "BaseQuantLinear" in classes or any(
+        name in classes for name in _BNB_LAYERS
+    ):  # GPTQModel's, bitsandbytes'
         return True
     scheme = getattr(module, "quantization_scheme", None)  # compressed-tensors keeps torch's own classes
     return getattr(scheme, "weights", None) is not None
