@@ -1,4 +1,5 @@
-"""Writes the README's generated parts anew: each command's help, and the demo's table as it came out.
+"""Writes the README's generated parts anew: each command's help, which runtime reads what, and the
+demo's table as it came out.
 
     make demo && .venv/bin/python benchmarks/readme.py --demo qexport-demo
     .venv/bin/python benchmarks/readme.py --memory
@@ -6,7 +7,8 @@
     .venv/bin/python benchmarks/readme.py --merge merge.json
 
 Each option writes one part: the demo's table from its report.json, the table of benchmarks/memory.py,
-which is run for it, and that of benchmarks/merge.py from its JSON. The commands' help is always written.
+which is run for it, and that of benchmarks/merge.py from its JSON. The commands' help and the
+table of runtimes are always written.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from merge import Row as MergeRow
 
 from qexport.cli.main import COMMANDS
 from qexport.report.rows import Row, table_markdown
+from qexport.verification.runtimes.support import support_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -73,6 +76,7 @@ def main() -> None:
     parser.add_argument("--merge", type=Path, metavar="JSON")
     options = parser.parse_args()
     text = replaced(README.read_text(encoding="utf-8"), "commands", help_blocks())
+    text = replaced(text, "support", support_table())
     if options.demo:
         text = replaced(text, "demo", demo_table(options.demo))
     if options.memory:

@@ -31,9 +31,10 @@ from qexport.solvers.gptq import Curvature, curvature
 from qexport.solvers.gptq import gptq as solve_gptq
 from qexport.solvers.hqq import half_quadratic
 from qexport.solvers.rtn import round_to_nearest
-from qexport.solvers.search import search
+from qexport.solvers.search import groups_alone, search
 from qexport.specs import AnyQuantizeSpec, AwqGptqSpec, AwqSpec, CalibrationSpec, GptqSpec
 
+_LONG = 1 << 30  # inputs of a row that is longer than any group
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)  # those that runtimes have kernels for
 
 
@@ -90,16 +91,16 @@ class Method:
         """Set where AWQ's scales come before the codes are chosen."""
         return self.spec if isinstance(self.spec, (AwqSpec, AwqGptqSpec)) else None
 
-    @property
-    def reorders_groups(self) -> bool:
-        """Whether a group's inputs may be no neighbours (desc_act)."""
-        return _reorders_groups(self.spec)
+    def reorders_groups(self, grid: Grid, inputs: int) -> bool:
+        """Whether a group's inputs may be no neighbours (desc_act) in rows of so many."""
+        return _reorders_groups(self.spec, grid, inputs)
 
     def grid(self, bits: int, group_size: int | None = None) -> Grid:
         """The grid of a layer that is to have other bits; the group size is the common one unless given."""
         if group_size is None:
             group_size = getattr(self.common, "group_size", None)
-        return _grid_for(self.spec, grid_wish(self.spec, self.dtype, bits=bits, group_size=group_size))
+        wish = grid_wish(self.spec, self.dtype, bits=bits, group_size=group_size)
+        return _ordered(self.spec, _grid_for(self.spec, wish))
 
     def solve_alone(self, weight: torch.Tensor, grid: Grid) -> Any:
         """Codes of `weight` [out, in] without data: by the solver, or by scale search if it wants some."""
@@ -149,11 +150,13 @@ def method_of(
     """
     row = FORMATS[spec.format]
     if not row.groups:
-        return Method(spec, row.module, _grid_for(spec, grid_wish(spec, dtype)), dtype)
-    usual = _grid_for(spec, grid_wish(spec, dtype, group_size=row.groups[0]))
+        return Method(spec, row.module, _ordered(spec, _grid_for(spec, grid_wish(spec, dtype))), dtype)
+    usual_wish = grid_wish(spec, dtype, group_size=row.groups[0])
+    usual = _grid_for(spec, usual_wish, asked=grid_wish(spec, dtype))
     storable = {name: shape for name, shape in shapes.items() if not row.module.obstacle(shape, usual)}
     group_size = group_size_for(spec.group_size, storable or shapes, row.groups)
-    return Method(spec, row.module, _grid_for(spec, grid_wish(spec, dtype, group_size=group_size)), dtype)
+    grid = _grid_for(spec, grid_wish(spec, dtype, group_size=group_size))
+    return Method(spec, row.module, _ordered(spec, grid), dtype)
 
 
 def grid_wish(
@@ -171,16 +174,18 @@ def grid_wish(
     )
 
 
-def _grid_for(spec: AnyQuantizeSpec, wish: Wish) -> Grid:
-    module = FORMATS[spec.format].module
+def _grid_for(spec: AnyQuantizeSpec, wish: Wish, *, asked: Wish | None = None) -> Grid:
+    """The format's grid for a wish; `asked` is what other formats are asked for where it has none."""
     try:
-        grid = module.grid_for(wish)
+        grid = _held(spec.format, wish)
     except SpecError as error:
-        others = [_with_runtimes(name) for name in FORMATS if name != spec.format and _holds(name, wish)]
+        others = [
+            _with_runtimes(name) for name in FORMATS if name != spec.format and _holds(name, asked or wish)
+        ]
         raise SpecError(
             error.found,
             expected=error.expected,
-            remedy=f"--format {' or '.join(others)} has it" if others else error.remedy,
+            remedy=f"or take --format {', '.join(others)}" if others else error.remedy,
         ) from error
     if spec.solver == "hqq" and getattr(grid, "zero", "middle") == "middle":
         raise SpecError(
@@ -188,7 +193,12 @@ def _grid_for(spec: AnyQuantizeSpec, wish: Wish) -> Grid:
             expected="an asymmetric integer grid (--no-symmetric), such as hqq's, awq's or mlx's",
             remedy="or another solver: --solver search",
         )
-    if _reorders_groups(spec) and not module.HOLDS_GROUP_ORDER:
+    return grid
+
+
+def _ordered(spec: AnyQuantizeSpec, grid: Grid) -> Grid:
+    """`grid`. SpecError when its groups would be in an order that the format cannot tell."""
+    if _reorders_groups(spec, grid, _LONG) and not FORMATS[spec.format].module.HOLDS_GROUP_ORDER:
         holding = [name for name, row in FORMATS.items() if row.module.HOLDS_GROUP_ORDER]
         raise SpecError(
             f"{spec.format} has no place for groups in another order than the inputs",
@@ -197,15 +207,29 @@ def _grid_for(spec: AnyQuantizeSpec, wish: Wish) -> Grid:
     return grid
 
 
-def _reorders_groups(spec: AnyQuantizeSpec) -> bool:
-    return isinstance(spec, GptqSpec) and spec.act_order == "full" and not spec.static_groups
+def _reorders_groups(spec: AnyQuantizeSpec, grid: Grid, inputs: int) -> bool:
+    if not isinstance(spec, GptqSpec) or spec.act_order != "full" or spec.static_groups:
+        return False
+    clips = isinstance(spec, AwqGptqSpec) and spec.clip  # then scales are there before, as with static groups
+    return groups_alone(grid) and not clips and grid.group_width(inputs) < inputs
+
+
+def _held(name: str, wish: Wish) -> Grid:
+    """The grid that a format has for a wish. SpecError where it has none, or no place for a part of it."""
+    grid = FORMATS[name].module.grid_for(wish)
+    if (wish.codebook is not None or wish.double_quant is not None) and not hasattr(grid, "double_quant"):
+        raise SpecError(
+            f"{name} has integers alone: no nf4 or fp4, and no double quantization",
+            expected="--quant-type and --double-quant with bitsandbytes",
+        )
+    return grid
 
 
 def _holds(name: str, wish: Wish) -> bool:
     if not FORMATS[name].runtimes:
         return False
     try:
-        FORMATS[name].module.grid_for(wish)
+        _held(name, wish)
     except SpecError:
         return False
     return True

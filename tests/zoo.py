@@ -69,6 +69,22 @@ ZOO: dict[str, Callable[[Path], Path]] = {
     "qwen3_moe": _maker("qwen3_moe", **_QWEN3_MOE),
 }
 
+_WIDE = {"sliding_window": 2 * LENGTH}
+# The same architectures with settings that all runtimes heed. mlx-lm 0.32 computes without a window
+# within a test's few tokens, takes its pattern to be six blocks long in gemma3, and has GPT-NeoX's inner
+# size at four times the hidden one.
+RUNNABLE: dict[str, Callable[[Path], Path]] = {
+    **ZOO,
+    "mistral": _maker("mistral", tied=False, **_WIDE),
+    "gemma2": _maker("gemma2", **{**_GEMMA2, **_WIDE}),
+    "gemma3_text": _maker(
+        "gemma3_text",
+        **{**_GEMMA2, **_WIDE, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+        num_hidden_layers=6,
+    ),
+    "gpt_neox": _maker("gpt_neox", tied=False, num_key_value_heads=4, rotary_pct=0.25, intermediate_size=512),
+}
+
 
 def _rewritten(directory: Path, make: Callable[[Path], Path], change: Callable[[Any], Any]) -> Path:
     path = make(directory)

@@ -6,12 +6,15 @@ in a codebook. Solvers know grids by this alone, so any of them works on any gri
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
 from qexport.errors import SpecError
+
+_VALUES_AT_ONCE = 1 << 21  # what is widened to fp32 at once
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,22 @@ class Grid(Protocol):
 
 
 def encode(grid: Grid, weight: torch.Tensor, scales: Any, group_of: torch.Tensor | None = None) -> Any:
-    """The nearest code of every weight of [out, in] under `scales`."""
+    """The nearest code of every weight of [out, in] under `scales`, some rows at a time."""
     lines = grid.lines(scales)
-    step, origin = (spread(part, weight.shape[1], grid, group_of) for part in (lines.step, lines.origin))
-    codes, _ = grid.round(weight.float(), step, origin)
-    return grid.assemble(codes, scales, group_of)
+    inputs = weight.shape[1]
+    parts = []
+    for rows in row_slices(weight.shape):
+        step, origin = (spread(part[rows], inputs, grid, group_of) for part in (lines.step, lines.origin))
+        codes, _ = grid.round(weight[rows].float(), step, origin)
+        parts.append(codes.to(torch.int16) if codes.is_floating_point() else codes)
+    return grid.assemble(torch.cat(parts), scales, group_of)
+
+
+def row_slices(shape: Sequence[int]) -> Iterator[slice]:
+    """Slices of the rows of a matrix [out, in], each of a few megabytes in fp32."""
+    rows = max(1, _VALUES_AT_ONCE // max(shape[1], 1))
+    for begin in range(0, max(shape[0], 1), rows):
+        yield slice(begin, begin + rows)
 
 
 def spread(

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from qexport.grids.grid import Lines, encode, group_width, grouped, spread
+from qexport.grids.grid import Lines, encode, group_width, grouped, row_slices, spread
 
 Zero = Literal["middle", "integer", "float", "bias"]
 
@@ -144,6 +144,11 @@ class IntegerGrid:
     def decode(self, codes: IntegerCodes) -> torch.Tensor:
         """The weights fp32 [out, in] that the codes stand for."""
         lines = self.lines(IntegerScales(codes.scales, codes.zeros))
-        inputs = codes.codes.shape[1]
-        step, origin = (spread(part, inputs, self, codes.group_of) for part in (lines.step, lines.origin))
-        return torch.addcmul(origin, codes.codes.float(), step)
+        values = torch.empty(codes.codes.shape)
+        for rows in row_slices(codes.codes.shape):
+            step, origin = (
+                spread(part[rows], codes.codes.shape[1], self, codes.group_of)
+                for part in (lines.step, lines.origin)
+            )
+            torch.addcmul(origin, codes.codes[rows].float(), step, out=values[rows])
+        return values

@@ -133,8 +133,9 @@ def plan_quantization(
         on_event(
             Noted(f"{len(fused)} tensors of fused experts stay in full precision: {first_of(list(fused), 2)}")
         )
-    _tell_of_loaders(method, skeleton, grids, on_event)
     left = {**dict.fromkeys(sorted(skip), "left out by --skip"), **obstacles}
+    output = _output(checkpoint, skeleton, method, shapes, grids, [*left, *skeleton.routers])
+    _tell_of_loaders(method, skeleton, grids, on_event)
     return Plan(
         checkpoint,
         skeleton,
@@ -143,7 +144,7 @@ def plan_quantization(
         grids,
         frozenset(asked) & grids.keys(),
         left,
-        *_output(checkpoint, skeleton, method, shapes, grids, [*left, *skeleton.routers]),
+        *output,
     )
 
 
@@ -285,7 +286,7 @@ def _output(
         head=head or "lm_head",
         embeddings=[embedding] if embedding in grids else [],
         damp=getattr(spec, "damp", None),
-        desc_act=method.reorders_groups,
+        desc_act=any(method.reorders_groups(grid, shapes[name][1]) for name, grid in grids.items()),
         static_groups=getattr(spec, "static_groups", False),
         true_sequential=getattr(spec, "true_sequential", True),
     )

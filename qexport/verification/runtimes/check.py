@@ -27,12 +27,11 @@ from qexport.formats.opening import open_checkpoint
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.modeling.whole import load_whole
 from qexport.results import RuntimeCheck
-from qexport.verification.runtimes import support
 from qexport.verification.runtimes.drivers.driver import Job, Outcome
 from qexport.verification.runtimes.process import ABSENT, CRASHED, KILLED, require_python, run_jobs, runtimes
+from qexport.verification.runtimes.support import PLAIN, readers_by_method
 
-PLAIN = support.PLAIN
-READERS = support.readers_by_method()
+READERS = readers_by_method()
 # The largest |theirs - ours| / |ours| that is the runtime's own rounding, on models of two random blocks
 # times a few. A layer that is read wrongly gives 0.3 and more.
 TOLERANCES = {
