@@ -48,6 +48,7 @@ class FormatRow:
     runtimes: tuple[str, ...]
     # what reads layers of differing bits, Conv1D layers and experts, where transformers does not
     not_by_transformers: str = ""
+    copies: int = 1  # how many times the weights lie in the output
 
 
 _OWN_LOADER = "GPTQModel's own loader and vLLM"
@@ -55,7 +56,7 @@ FORMATS: dict[str, FormatRow] = {
     "gptq": FormatRow(gptq, (128, 64, 32), ("GPTQModel", "vLLM"), _OWN_LOADER),
     "gptq_v2": FormatRow(gptq_v2, (128, 64, 32), ("GPTQModel", "vLLM"), _OWN_LOADER),
     "awq": FormatRow(awq, (128, 64, 32), ("GPTQModel", "vLLM"), _OWN_LOADER),
-    "hqq": FormatRow(hqq, (64, 32, 16), ("hqq",)),
+    "hqq": FormatRow(hqq, (64, 32, 16), ("hqq",), copies=2),
     "hqq-safetensors": FormatRow(hqq_safetensors, (64, 32, 16), ()),
     "bitsandbytes": FormatRow(bitsandbytes, (), ("transformers", "vLLM")),
     "compressed-tensors": FormatRow(compressed_tensors, (128, 64, 32), ("transformers", "vLLM")),

@@ -65,7 +65,7 @@ class TensorError:
 class QuantizeResult:
     """A quantized checkpoint and what it took.
 
-    `bits_per_weight` counts every byte of the weights' files, embeddings and scales included, over every
+    `bits_per_weight` counts every byte of the safetensors, embeddings and scales included, over every
     parameter; `layer_bits_per_weight` the quantized layers alone.
     """
 

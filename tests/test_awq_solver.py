@@ -13,7 +13,7 @@ from qexport.grids.grid import Grid, encode
 from qexport.grids.int8_rows import Int8RowGrid
 from qexport.grids.integer import IntegerGrid, Zero
 from qexport.solvers import awq
-from qexport.solvers.awq import scaled_hessian, search_clip, search_scales
+from qexport.solvers.awq import search_awq_scales, search_clip
 from qexport.solvers.rtn import round_to_nearest
 
 GRIDS: list[Grid] = [
@@ -56,7 +56,7 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
 def test_outputs_are_never_worse(grid: Grid, outliers: int) -> None:
     x = inputs_of(300, 128, outliers)
     targets = [weights(48, 128), weights(32, 128, 1)]
-    scales = search_scales([(w, hessian_of(x)) for w in targets], x.abs().mean(dim=0), grid)
+    scales = search_awq_scales([(w, hessian_of(x)) for w in targets], x.abs().mean(dim=0), grid)
     assert scales.dtype == torch.float32
     assert bool((scales > 0).all() and scales.isfinite().all())
     ones = torch.ones(128)
@@ -78,7 +78,7 @@ def test_the_best_of_the_ratios() -> None:
         for raw in (size.pow(ratio), size.pow(ratio) / share.pow(1 - ratio)):
             scales = raw / (raw.max() * raw.min()).sqrt()
             errors.append(by_running(weight, x, scales, grid))
-    found = by_running(weight, x, search_scales([(weight, hessian_of(x))], size, grid), grid)
+    found = by_running(weight, x, search_awq_scales([(weight, hessian_of(x))], size, grid), grid)
     assert found == pytest.approx(min(errors), rel=0.02)
 
 
@@ -86,9 +86,9 @@ def test_ones_where_nothing_is_better() -> None:
     """Equal inputs, and weights that lie on the grid already."""
     grid = IntegerGrid(4, 32, "integer")
     weight = grid.decode(round_to_nearest(weights(16, 64), grid))
-    scales = search_scales([(weight, torch.eye(64))], torch.ones(64), grid)
+    scales = search_awq_scales([(weight, torch.eye(64))], torch.ones(64), grid)
     assert torch.equal(scales, torch.ones(64))
-    nothing_seen = search_scales([(weights(16, 64), torch.zeros(64, 64))], torch.zeros(64), grid)
+    nothing_seen = search_awq_scales([(weights(16, 64), torch.zeros(64, 64))], torch.zeros(64), grid)
     assert torch.equal(nothing_seen, torch.ones(64))
 
 
@@ -96,7 +96,7 @@ def test_inputs_that_never_occur() -> None:
     x = inputs_of(300, 64, 4)
     x[:, 7] = 0
     x[:, 9] = 1e-30
-    scales = search_scales([(weights(16, 64), hessian_of(x))], x.abs().mean(dim=0), IntegerGrid(3, 32))
+    scales = search_awq_scales([(weights(16, 64), hessian_of(x))], x.abs().mean(dim=0), IntegerGrid(3, 32))
     assert bool(scales.isfinite().all())
     assert scales[7] == 1
     assert scales[9] > 0
@@ -105,8 +105,8 @@ def test_inputs_that_never_occur() -> None:
 
 def test_the_unit_of_the_inputs_is_of_no_account() -> None:
     x, weight, grid = inputs_of(200, 64, 4), weights(16, 64), IntegerGrid(4, 32, "integer")
-    one = search_scales([(weight, hessian_of(x))], x.abs().mean(dim=0), grid)
-    other = search_scales([(weight, 1e-8 * hessian_of(x))], 1e-4 * x.abs().mean(dim=0), grid)
+    one = search_awq_scales([(weight, hessian_of(x))], x.abs().mean(dim=0), grid)
+    other = search_awq_scales([(weight, 1e-8 * hessian_of(x))], 1e-4 * x.abs().mean(dim=0), grid)
     torch.testing.assert_close(one, other)
 
 
@@ -115,10 +115,10 @@ def test_rows_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     x, grid = inputs_of(300, 64, 4), IntegerGrid(3, 32, "integer")
     targets = [weights(1500, 64), weights(500, 64, 1)]
     pairs, size = [(w, hessian_of(x)) for w in targets], x.abs().mean(dim=0)
-    exact = search_scales(pairs, size, grid)
+    exact = search_awq_scales(pairs, size, grid)
     monkeypatch.setattr(awq, "_MULTIPLICATIONS", 64 * 64 * 200)
-    sampled = search_scales(pairs, size, grid)
-    assert torch.equal(sampled, search_scales(pairs, size, grid))
+    sampled = search_awq_scales(pairs, size, grid)
+    assert torch.equal(sampled, search_awq_scales(pairs, size, grid))
     errors = [sum(by_running(w, x, s, grid) for w in targets) for s in (exact, sampled, torch.ones(64))]
     assert errors[1] < 1.03 * errors[0] < 0.7 * errors[2]
 
@@ -163,30 +163,24 @@ def test_no_clipping_where_it_gains_nothing() -> None:
     assert torch.equal(search_clip(weights(16, 64), torch.zeros(64, 64), grid), torch.ones(16, 2))
 
 
-def test_a_scaled_hessian_is_that_of_scaled_inputs() -> None:
-    x, scales = inputs_of(100, 32), torch.rand(32) + 0.5
-    torch.testing.assert_close(scaled_hessian(hessian_of(x), scales), hessian_of(x / scales))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_arguments_are_not_changed(dtype: torch.dtype) -> None:
     x, weight, grid = inputs_of(200, 64, 4), weights(16, 64).to(dtype), IntegerGrid(4, 32, "integer")
     hessian, size = hessian_of(x), x.abs().mean(dim=0)
     before = [part.clone() for part in (weight, hessian, size)]
-    scales = search_scales([(weight, hessian)], size, grid)
+    scales = search_awq_scales([(weight, hessian)], size, grid)
     shrink = search_clip(weight, hessian, grid)
-    scaled_hessian(hessian, scales)
     for part, was in zip((weight, hessian, size), before, strict=True):
         assert torch.equal(part, was)
-    assert torch.equal(scales, search_scales([(weight.float(), hessian)], size, grid))
+    assert torch.equal(scales, search_awq_scales([(weight.float(), hessian)], size, grid))
     assert torch.equal(shrink, search_clip(weight.float(), hessian, grid))
 
 
 def test_shapes_that_do_not_fit_together() -> None:
     weight, grid = weights(16, 64), IntegerGrid(4, 32)
     with pytest.raises(SpecError, match="of 64 inputs"):
-        search_scales([(weight, torch.eye(32))], torch.ones(64), grid)
+        search_awq_scales([(weight, torch.eye(32))], torch.ones(64), grid)
     with pytest.raises(SpecError, match="targets"):
-        search_scales([], torch.ones(64), grid)
+        search_awq_scales([], torch.ones(64), grid)
     with pytest.raises(SpecError, match="for a weight of 64 inputs"):
         search_clip(weight, torch.eye(32), grid)

@@ -14,6 +14,7 @@ from qexport.checkpoint.manifest import MANIFEST_FILE
 from qexport.errors import AdapterError, OutputExistsError, RecipeError, SpecError
 from qexport.graph.build import build, plan
 from qexport.graph.recipe import AnyRecipe, parse_recipe
+from qexport.graph.tasks import QuantizeTask
 from tests.conftest import RunCli
 from tests.tiny import tiny_adapter
 
@@ -228,3 +229,14 @@ def test_cli(content: dict[str, Any], tmp_path: Path, cli: RunCli) -> None:
     assert "gptq-3bit-g32: stands\n" in stderr  # the gate is no part of what determines a result
     code, _, stderr = cli("export", tmp_path / "none.yaml")
     assert (code, stderr) == (2, f"error: the recipe {tmp_path / 'none.yaml'} does not exist\n")
+
+
+def test_variants_that_differ_in_what_no_name_tells_are_numbered(content: dict[str, Any]) -> None:
+    content["quantize"] = [
+        {"method": "rtn", "bits": 4},
+        {"method": "rtn", "bits": 4, "symmetric": False},
+        {"method": "rtn", "bits": 4, "format": "mlx"},
+        {"method": "mlx", "solver": "gptq", "bits": 3, "group_size": 32},
+    ]
+    names = [task.name for task in build(parsed(content)).models if isinstance(task, QuantizeTask)]
+    assert names == ["rtn-4bit", "rtn-4bit-2", "rtn-4bit-mlx", "mlx-3bit-g32-gptq"]

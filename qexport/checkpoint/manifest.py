@@ -18,6 +18,7 @@ from qexport.checkpoint.sharding import INDEX_FILE
 from qexport.checkpoint.sidecars import sidecar_files
 from qexport.checkpoint.staging import write_file_atomically
 from qexport.errors import QexportError
+from qexport.results import plain
 from qexport.version import __version__
 
 MANIFEST_FILE = "qexport.json"
@@ -69,7 +70,7 @@ class Manifest:
             "key": self.recipe.key,
             "recipe": asdict(self.recipe),
             "versions": installed_versions(),
-            "figures": dict(self.figures),
+            "figures": plain(self.figures),
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"

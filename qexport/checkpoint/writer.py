@@ -30,7 +30,8 @@ class CheckpointWriter:
     Leaving the block without an error checks that all were written and renames the directory into
     place; leaving it with one leaves nothing behind. `recipe` is asked for at the end: the inputs'
     hashes may be known by then, and whatever refuses the job should do so before. `finish` gets the staged
-    directory once all files are written: it may add some that are made of them.
+    directory once all files are written: it may add some that are made of them, so that the weights lie
+    there `copies` times.
     """
 
     def __init__(
@@ -46,13 +47,14 @@ class CheckpointWriter:
         overwrite: bool = False,
         sources: Sequence[Path],
         finish: Callable[[Path], None] | None = None,
+        copies: int = 1,
         on_event: OnEvent = ignore,
     ) -> None:
         self.plan: ShardPlan = plan_shards(tensors, max_shard_size, naming)
         self.figures: dict[str, Any] = {}
         self._sources = sources
         self._config, self._naming = dict(config), naming
-        self._recipe, self._finish_directory = recipe, finish
+        self._recipe, self._finish_directory, self._copies = recipe, finish, copies
         self._sidecars = sidecars
         self._texts: dict[str, str] = {}
         self._files: dict[str, WeightsFile] = {}
@@ -64,7 +66,7 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            require_space(self._staged.target, self.plan.size)
+            require_space(self._staged.target, self.plan.size * self._copies)
             if oversized := self.plan.oversized:
                 first = oversized[0]
                 more = f" and {len(oversized) - 1} more tensors are" if len(oversized) > 1 else " is"

@@ -13,11 +13,10 @@ from qexport.cli.output import Output, output_options
 from qexport.errors import SpecError
 from qexport.sizes import format_size
 from qexport.specs import VerifySpec
+from qexport.verification.runtimes.drivers.driver import RUNTIMES
 
 if TYPE_CHECKING:
     from qexport.results import RuntimeCheck, VerifyResult
-
-RUNTIMES = ("transformers", "gptqmodel", "hqq", "mlx")
 
 
 @click.command(short_help="Measure what a model lost against its reference.")
@@ -27,7 +26,7 @@ RUNTIMES = ("transformers", "gptqmodel", "hqq", "mlx")
     "--runtime",
     "runtimes",
     multiple=True,
-    type=click.Choice(RUNTIMES),
+    type=click.Choice(list(RUNTIMES)),
     help="also load the candidate in this runtime, and compare its logits with our decoded weights'; "
     "without --reference only that; repeatable",
 )

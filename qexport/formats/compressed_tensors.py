@@ -121,7 +121,7 @@ def config_entries(facts: Facts) -> dict[str, Any]:
     members: dict[IntegerGrid, list[str]] = {}
     for name, grid in grids.items():
         if grid != common:
-            members.setdefault(grid, []).append(name)
+            members.setdefault(grid, []).extend(dict.fromkeys((name, facts.in_memory.get(name, name))))
     schemes = [_scheme(grid, names) for grid, names in members.items()]
     if common in grids.values():
         schemes.append(_scheme(common, ["Linear"]))
@@ -135,6 +135,11 @@ def config_entries(facts: Facts) -> dict[str, Any]:
         raise SpecError(
             "asymmetric experts in compressed-tensors, which neither transformers nor vLLM reads",
             remedy="use --symmetric",
+        )
+    if any(".experts." in name for names in members.values() for name in names):
+        raise SpecError(
+            "experts on grids of their own in compressed-tensors, which transformers cannot load",
+            remedy="let --override leave the experts out",
         )
     head = [] if facts.head in facts.grids or facts.head in facts.left else [facts.head]
     # transformers 5.23 fails over packed zero points unless it is to decode the weights while it loads

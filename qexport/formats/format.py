@@ -4,7 +4,7 @@ holds, and how a layer's tensors are named, written and told in config.json."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,8 @@ class Facts:
 
     `grids` has every converted layer by its full name; `left` the linear layers that stay as they were, the
     output head included where it stays; `head` is the name of the output head, `embeddings` those of the
-    input embeddings. `common` is the grid of layers that no override names. `damp` and `desc_act` are GPTQ's.
+    input embeddings. `in_memory` has the names of layers that are called otherwise once they are loaded.
+    `common` is the grid of layers that no override names. `damp` and `desc_act` are GPTQ's.
     """
 
     grids: Mapping[str, Grid]
@@ -47,6 +48,7 @@ class Facts:
     model_type: str
     head: str = "lm_head"
     embeddings: Sequence[str] = ()
+    in_memory: Mapping[str, str] = field(default_factory=dict)
     damp: float | None = None
     desc_act: bool = False
     static_groups: bool = False

@@ -181,7 +181,7 @@ def _dynamic(facts: Facts, left: Sequence[str]) -> dict[str, dict[str, Any]]:
         if own == {"bits": common.bits, "group_size": common.group_size, "sym": common.symmetric}:
             rules[name] = None
         else:
-            rules[name] = ("+:", own)
+            rules[name] = rules[facts.in_memory.get(name, name)] = ("+:", own)
     fused: dict[str, list[tuple[str, dict[str, Any]] | None]] = {}
     for name, rule in rules.items():
         prefix, _, last = name.rpartition(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def build(recipe: AnyRecipe, *, on_event: OnEvent = ignore) -> Job:
     """The recipe's job: variants with their scores and a report, or one model; says what its notes say.
 
     Hub ids become snapshots once: what an id points to may change while the job runs.
-    Raises RecipeError when two variants would get the same name, or the output a name that no file can have.
+    Raises RecipeError when two variants are the same, or the output a name that no file can have.
     """
     if "\0" in recipe.output:
         raise RecipeError(f"the output {recipe.output!r} is no name that a directory can have")
@@ -114,12 +115,7 @@ def _variants(recipe: ExportRecipe, base: str, adapters: tuple[str, ...]) -> Job
     reference = VerifyTask("verify full", out / "scores" / "full.json", source, recipe.verify)
     tasks.append(reference)
     variants = []
-    names: set[str] = set()
-    for spec in recipe.quantize:
-        name = variant_name(spec)
-        if name in names:
-            raise RecipeError(f"the recipe asks for {name} twice")
-        names.add(name)
+    for name, spec in _named(recipe.quantize):
         made = QuantizeTask(name, out / name, source, spec)
         scores = out / "scores" / f"{name}.json"
         verified = VerifyTask(f"verify {name}", scores, made, recipe.verify)
@@ -127,6 +123,18 @@ def _variants(recipe: ExportRecipe, base: str, adapters: tuple[str, ...]) -> Job
         variants.append((made, verified))
     report = ReportTask("report", out, recipe.title, reference, tuple(variants))
     return Job(base=Path(base), output=out, title=recipe.title, tasks=(*tasks, report), report=report)
+
+
+def _named(specs: Sequence[AnyQuantizeSpec]) -> Iterator[tuple[str, AnyQuantizeSpec]]:
+    """Each variant with a name of its own: those that differ in what the name does not tell are numbered."""
+    seen: dict[str, list[AnyQuantizeSpec]] = {}
+    for spec in specs:
+        name = variant_name(spec)
+        others = seen.setdefault(name, [])
+        if spec in others:
+            raise RecipeError(f"the recipe asks for {name} twice")
+        others.append(spec)
+        yield name if len(others) == 1 else f"{name}-{len(others)}", spec
 
 
 @dataclass(frozen=True)

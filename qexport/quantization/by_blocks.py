@@ -1,4 +1,7 @@
-"""Calibrated methods: the model block by block, every layer seeing what those before it became."""
+"""Calibrated methods: the model block by block, every layer seeing what those before it became.
+
+Embeddings are the exception: where they become codes too, the first block still sees them in full.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from qexport.quantization.data_free import Write
 from qexport.quantization.fidelity import tensor_error
 from qexport.quantization.plan import Plan
 from qexport.results import TensorError
-from qexport.solvers.awq import search_scales
+from qexport.solvers.awq import search_awq_scales
 from qexport.specs import GptqSpec
 
 _BATCH_TOKENS = 4096  # tokens that go through a block at once
@@ -31,12 +34,22 @@ Group = tuple[Layer, ...]
 
 
 @dataclass
-class _Told:
+class _Remarks:
     """What is to be said once, at the end."""
 
     unseen: list[str] = field(default_factory=list)  # experts that no token chose
     scarce: list[str] = field(default_factory=list)  # those that fewer tokens chose than they have inputs
     damped: dict[str, float] = field(default_factory=dict)
+
+
+def stages(groups: Sequence[Group], *, one_by_one: bool) -> list[list[Group]]:
+    """Groups of a block whose inputs are collected in one run: all, or those that run side by side."""
+    if not one_by_one:
+        return [list(groups)] if groups else []
+    # the experts of a block are one place
+    places = [re.sub(r"(?<=\.)\d+(?=\.)", "*", group[0].inner) for group in groups]
+    together = groupby(zip(places, groups, strict=True), key=lambda pair: pair[0])
+    return [[group for _, group in stage] for _, stage in together]
 
 
 @dataclass
@@ -49,7 +62,7 @@ class BlockQuantizer:
     on_event: OnEvent
     errors: list[TensorError] = field(default_factory=list)
     rewritten: set[str] = field(default_factory=set)
-    _told: _Told = field(default_factory=_Told)
+    _remarks: _Remarks = field(default_factory=_Remarks)
 
     def run(self) -> None:
         """Solves every layer of every block, writes it, and collects its error.
@@ -67,22 +80,16 @@ class BlockQuantizer:
                 groups = [chosen for group in stream.groups(index) if (chosen := self._chosen(group))]
                 if self.plan.method.scaling:
                     self._scale(stream, index, block, hidden)
-                for stage in self._stages(groups):
+                spec = self.plan.method.spec
+                one_by_one = isinstance(spec, GptqSpec) and spec.true_sequential
+                for stage in stages(groups, one_by_one=one_by_one):
                     self._solve(stream, index, block, hidden, stage)
-                hidden = [stream.run(index, batch) for batch in hidden]
+                for number, batch in enumerate(hidden):  # one set of activations, not two
+                    hidden[number] = stream.run(index, batch)
         self._tell()
 
     def _chosen(self, group: Group) -> Group:
         return tuple(layer for layer in group if layer.name in self.plan.grids)
-
-    def _stages(self, groups: Sequence[Group]) -> list[list[Group]]:
-        """Groups whose inputs are collected in one run: all of a block, or those that run side by side."""
-        spec = self.plan.method.spec
-        if not (isinstance(spec, GptqSpec) and spec.true_sequential):
-            return [list(groups)] if groups else []
-        place = [re.sub(r"\d+", "*", group[0].inner) for group in groups]  # the experts of a block are one
-        together = groupby(zip(place, groups, strict=True), key=lambda pair: pair[0])
-        return [[group for _, group in stage] for _, stage in together]
 
     def _statistics(
         self, stream: BlockStream, index: int, hidden: Sequence[torch.Tensor], layers: Iterable[Layer]
@@ -135,10 +142,10 @@ class BlockQuantizer:
         """Mean of x x^T; zeros, under which every solver rounds, where no token came by."""
         inputs = weight_of(block, group[0]).shape[1]
         if seen is None:
-            self._told.unseen += [layer.name for layer in group]
+            self._remarks.unseen += [layer.name for layer in group]
             return torch.zeros(inputs, inputs)
-        if seen.count < inputs and self.data.tokens >= inputs:  # of too few in all a note was made
-            self._told.scarce += [layer.name for layer in group]
+        if seen.too_few and self.data.tokens >= inputs:  # of too few in all a note was made
+            self._remarks.scarce += [layer.name for layer in group]
         return seen.mean(group[0].name)
 
     def _scale(
@@ -166,10 +173,12 @@ class BlockQuantizer:
             ]
             if not seen:
                 continue
-            scales = search_scales(
-                [(weight_of(block, layer), found.mean(layer.name)) for layer, found in seen],
+            means = {id(found): found.mean(layer.name) for layer, found in seen}  # once for all that share it
+            scales = search_awq_scales(
+                [(weight_of(block, layer), means[id(found)]) for layer, found in seen],
                 mean_abs([found for _, found in seen]),
-                self.plan.grids[seen[0][0].name],
+                # where overrides differ, the layer of the fewest bits needs the scales most
+                min((self.plan.grids[layer.name] for layer, _ in seen), key=lambda grid: grid.bits),
                 points=spec.grid_points,
             )
             if bool((scales != 1).any()):
@@ -207,23 +216,23 @@ class BlockQuantizer:
     def _note_damping(self, layer: Layer, prepared: Prepared) -> None:
         spec, curvature = self.plan.method.spec, prepared.curvature
         if curvature and isinstance(spec, GptqSpec) and curvature.damp > spec.damp:
-            self._told.damped[layer.name] = curvature.damp
+            self._remarks.damped[layer.name] = curvature.damp
 
     def _tell(self) -> None:
-        told = self._told
+        remarks = self._remarks
         for names, what in (
-            (told.unseen, "saw no token and were rounded"),
-            (told.scarce, "saw fewer tokens than they have inputs"),
+            (remarks.unseen, "saw no token and were rounded"),
+            (remarks.scarce, "saw fewer tokens than they have inputs"),
         ):
             if names:
                 self.on_event(
                     Noted(f"{len(names)} layers of experts {what} ({first_of(names, 2)}); more text helps")
                 )
-        if told.damped:
-            name, damp = max(told.damped.items(), key=lambda item: item[1])
+        if remarks.damped:
+            name, damp = max(remarks.damped.items(), key=lambda item: item[1])
             self.on_event(
                 Noted(
-                    f"the Hessians of {len(told.damped)} layers were not positive definite and damped more, "
-                    f"{name} by {damp:g} of its mean diagonal"
+                    f"the Hessians of {len(remarks.damped)} layers were not positive definite and were "
+                    f"damped more, {name} by {damp:g} of its mean diagonal"
                 )
             )

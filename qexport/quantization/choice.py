@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from qexport.errors import SpecError
@@ -91,8 +91,3 @@ def skipped(names: Sequence[str], patterns: Sequence[str], optional: Collection[
         else:
             left.update(_require_match("--skip", pattern, pattern, names))
     return left
-
-
-def distinct(chosen: Mapping[str, Override]) -> list[tuple[int, int | None]]:
-    """The different bits and group sizes among overrides, in order."""
-    return list(dict.fromkeys((override.bits, override.group_size) for override in chosen.values()))

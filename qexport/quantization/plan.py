@@ -248,14 +248,18 @@ def _tell_of_loaders(
         )
 
 
-def _names_of_runtimes(skeleton: Skeleton, names: Iterable[str]) -> list[str]:
-    """`names`, and what modules are called in memory where that is something else: runtimes know either."""
-    memory = {
+def _in_memory(skeleton: Skeleton) -> dict[str, str]:
+    """What modules are called in memory, where the checkpoint has another name: runtimes know either."""
+    names = {
         place.name.removesuffix(".weight"): key.removesuffix(".weight")
         for key, place in skeleton.places.items()
     }
-    memory[skeleton.head_weight.removesuffix(".weight")] = skeleton.head_name
-    return list(dict.fromkeys(n for name in names for n in (name, memory.get(name, name)) if n))
+    names[skeleton.head_weight.removesuffix(".weight")] = skeleton.head_name
+    return {stored: name for stored, name in names.items() if stored and name and stored != name}
+
+
+def _under_both(names: Iterable[str], in_memory: Mapping[str, str]) -> list[str]:
+    return list(dict.fromkeys(n for name in names for n in (name, in_memory.get(name, name)) if n))
 
 
 def _output(
@@ -277,14 +281,16 @@ def _output(
             infos.append(checkpoint.info(name))
     embedding = skeleton.embedding_weight.removesuffix(".weight")
     head = skeleton.head_weight.removesuffix(".weight")
+    in_memory = _in_memory(skeleton)
     facts = Facts(
         grids=grids,
-        left=_names_of_runtimes(skeleton, [*left, *([head] if head not in grids else [])]),
+        left=_under_both([*left, *([head] if head not in grids else [])], in_memory),
         common=method.common,
         dtype=method.dtype,
         model_type=skeleton.model_type,
         head=head or "lm_head",
         embeddings=[embedding] if embedding in grids else [],
+        in_memory=in_memory,
         damp=getattr(spec, "damp", None),
         desc_act=any(method.reorders_groups(grid, shapes[name][1]) for name, grid in grids.items()),
         static_groups=getattr(spec, "static_groups", False),

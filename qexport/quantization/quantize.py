@@ -14,6 +14,7 @@ from qexport.checkpoint.sidecars import sidecars_of
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.events import Finished, OnEvent, Started, ignore
 from qexport.measure import Measured
+from qexport.methods import FORMATS
 from qexport.modeling.calibration import (
     CalibrationData,
     calibration_data,
@@ -59,11 +60,8 @@ def quantize(
     checkpoint = open_directory(path)
     skeleton = build_skeleton(path, trust_remote_code=trust_remote_code)
     plan = plan_quantization(checkpoint, skeleton, spec, on_event)
-    data = None
     if isinstance(spec, CalibrationSpec):
-        data = calibration_data(
-            path, spec, plan.skeleton, trust_remote_code=trust_remote_code, on_event=on_event
-        )
+        check_calibration(spec)
     with (
         Measured() as cost,
         CheckpointWriter(
@@ -74,6 +72,7 @@ def quantize(
             max_shard_size=spec.max_shard_size,
             sidecars=sidecars_of(path),
             finish=plan.method.format.finish,
+            copies=FORMATS[spec.format].copies,
             sources=[path],
             overwrite=overwrite,
             on_event=on_event,
@@ -82,6 +81,11 @@ def quantize(
         for name, content in plan.method.format.extra_files(plan.config_entries).items():
             writer.add_json(name, content)
         require_finite(checkpoint, on_event=on_event)
+        data = None
+        if isinstance(spec, CalibrationSpec):
+            data = calibration_data(
+                path, spec, plan.skeleton, trust_remote_code=trust_remote_code, on_event=on_event
+            )
         on_event(Started(f"{spec.method} {spec.bits} bits", len(plan.grids), "layers"))
         errors = _run(plan, data, writer, on_event)
         on_event(Finished())
@@ -117,7 +121,7 @@ def planned_size(
     plan = plan_quantization(checkpoint, skeleton, spec, on_event)
     if isinstance(spec, CalibrationSpec):
         check_calibration(spec)
-    return sum(info.size for info in plan.infos)
+    return sum(info.size for info in plan.infos) * FORMATS[spec.format].copies
 
 
 def _run(

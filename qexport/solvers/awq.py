@@ -20,7 +20,7 @@ _ROWS_AT_LEAST = 128
 _LEAST = 1e-4  # of the largest scale, before they are centred
 
 
-def search_scales(
+def search_awq_scales(
     targets: Sequence[tuple[torch.Tensor, torch.Tensor]],
     mean_abs: torch.Tensor,
     grid: Grid,
@@ -92,11 +92,6 @@ def search_clip(
 
     shrinks = [1 - i / points for i in range(max(int(max_shrink * points), 1))]
     return best_shrink(weight, grid, shrinks, loss)
-
-
-def scaled_hessian(hessian: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The Hessian [in, in] of inputs that are divided by `scales` [in]: H / (s s^T). Not changed."""
-    return hessian / torch.outer(scales, scales)
 
 
 def _diagonal_blocks(hessian: torch.Tensor, width: int) -> torch.Tensor:
