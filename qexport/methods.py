@@ -250,6 +250,8 @@ def group_size_for(wanted: int | None, shapes: Mapping[str, Sequence[int]], usua
         return next((size for size in usual if common % size == 0), -1)
     if wanted == -1 or (wanted > 0 and common % wanted == 0):
         return wanted
+    if wanted <= 0:
+        raise SpecError(f"a group size of {wanted}", expected="a positive number, or -1 for a whole row")
     usable = [str(size) for size in reversed(GROUP_SIZES) if common % size == 0]
     name, shape = next(
         ((n, s) for n, s in shapes.items() if wanted <= 0 or s[1] % wanted), ("every layer", (0, 0))

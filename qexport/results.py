@@ -65,8 +65,8 @@ class TensorError:
 class QuantizeResult:
     """A quantized checkpoint and what it took.
 
-    `bits_per_weight` counts every byte of the safetensors, embeddings and scales included, over every
-    parameter; `layer_bits_per_weight` the quantized layers alone.
+    The weights lie `copies` times in the output. `bits_per_weight` counts every byte of the safetensors,
+    embeddings and scales included, over every parameter; `layer_bits_per_weight` the quantized layers alone.
     """
 
     path: Path
@@ -79,6 +79,7 @@ class QuantizeResult:
     size_bytes: int
     bits_per_weight: float
     layer_bits_per_weight: float
+    copies: int
     seconds: float
     peak_bytes: int
     tensors: tuple[TensorError, ...]

@@ -134,7 +134,9 @@ class WeightsSpec(ShardSpec):
         description="other bits for layers whose names match, 'PATTERN=BITS' or 'PATTERN=BITS:GROUP_SIZE', "
         "e.g. 'model.layers.0.*=8'; the last that matches counts",
     )
-    skip: _Names = Field((), description="layers that stay as they are, a pattern such as '*.down_proj'")
+    skip: _Names = Field(
+        (), description="layers that stay as they are, a pattern such as '*.down_proj'; before any override"
+    )
     lm_head: bool = Field(False, description="quantize the output head too")
     embeddings: bool = Field(False, description="quantize the input embeddings too")
 

@@ -112,11 +112,11 @@ def test_every_form_of_a_text(record: Any, text: str | None) -> None:
 @pytest.mark.parametrize(
     ("record", "pattern"),
     [
-        (1, 'record 7 of f is a number; "text"'),
+        (1, 'record 7 of f is a number; a text in "text"'),
         ({}, "record 7 of f has no text .*it has nothing"),
-        ({"body": "x", "id": 1}, r'it has body, id\); "text", "messages"'),
+        ({"body": "x", "id": 1}, r'it has body: str, id: int\); a text in "text"'),
         ({"instruction": "Q"}, "it has instruction"),
-        ({"prompt": "p", "reference": "r"}, "it has prompt, reference"),
+        ({"prompt": "p", "reference": "r"}, "it has prompt: str, reference: str"),
         ({"messages": []}, "record 7 of f holds a conversation without messages"),
         ({"conversations": "Q"}, '"conversations" of record 7 of f is a text; a list of messages'),
         ({"messages": ["Q"]}, "message 1 of record 7 of f is a text"),

@@ -224,7 +224,7 @@ def test_too_little_text_is_told(llama: Path, tmp_path: Path) -> None:
     notes: list[Any] = []
     spec = GptqSpec(calibration=str(tmp_path / "short.txt"), sequence_length=32)
     qexport.quantize(llama, tmp_path / "out", spec, on_event=notes.append)
-    assert any("fills 1 of 128 samples" in str(note) for note in notes)
+    assert any("tokens, repeated to make one sample of 32" in str(note) for note in notes)
 
 
 def test_cli_refuses_options_and_bits_of_other_methods(llama: Path, tmp_path: Path, cli: RunCli) -> None:

@@ -44,7 +44,10 @@ _CONVERSATIONS = ("messages", "conversations", "conversation")
 _REQUESTS = ("instruction", "query", "prompt", "question")
 _ANSWERS = ("output", "response", "completion", "answer")
 _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # what templates read beside the content
-_FORMS = '"text", "messages", "conversations", or "instruction" and "output"'
+_FORMS = (
+    'a text in "text", a list in "messages" or "conversations", or texts in "instruction" and "output", '
+    '"prompt" and "completion" or "response", "query" and "response"'
+)
 
 Message = Mapping[str, Any]
 
@@ -102,7 +105,7 @@ def _document(record: Any, where: str) -> Document:
     for key in ("text", "chosen"):  # preference data of plain texts has its whole text there
         if isinstance(record.get(key), str):
             return str(record[key])
-    found = ", ".join(map(str, record)) or "nothing"
+    found = ", ".join(f"{key}: {type(value).__name__}" for key, value in record.items()) or "nothing"
     raise CalibrationError(f"{where} has no text that is known by its keys (it has {found})", expected=_FORMS)
 
 

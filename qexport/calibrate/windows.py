@@ -52,10 +52,11 @@ def shuffled(values: Sequence[Value], seed: int) -> list[Value]:
 
 @dataclass(frozen=True)
 class Packed:
-    """Windows int64 [n, length], and how many documents they took."""
+    """Windows int64 [n, length], how many documents they took, and how many tokens were repeated to fill."""
 
     windows: torch.Tensor
     documents: int
+    repeated: int = 0
 
 
 def packed(documents: Iterable[Sequence[int]], *, samples: int, length: int, opening: int | None) -> Packed:
@@ -69,7 +70,7 @@ def packed(documents: Iterable[Sequence[int]], *, samples: int, length: int, ope
     source = iter(documents)
     stream: list[int] = []
     windows: list[list[int]] = []
-    taken = at = 0
+    taken = at = repeated = 0
     while len(windows) < samples:
         while len(stream) < at + length and (tokens := next(source, None)) is not None:
             stream += tokens
@@ -80,12 +81,13 @@ def packed(documents: Iterable[Sequence[int]], *, samples: int, length: int, ope
         room = length - len(window)
         window += stream[at : at + room]
         at += room
+        repeated = length - len(window)
         while len(window) < length:  # the last one is filled from the start again
             window += stream[: length - len(window)]
         windows.append(window)
     if not windows:
         raise CalibrationError("the calibration text has no tokens")
-    return Packed(torch.tensor(windows), taken)
+    return Packed(torch.tensor(windows), taken, repeated)
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,12 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 def _summary(result: QuantizeResult) -> str:
     method = result.method if result.method == result.solver else f"{result.method} ({result.solver})"
+    bits = " and ".join(map(str, sorted({error.bits for error in result.tensors})))
+    twice = ", written twice" if result.copies > 1 else ""
     return (
-        f"{result.path}: {method} {result.bits} bits, {result.format}, {result.quantized_layers} layers "
+        f"{result.path}: {method} {bits} bits, {result.format}, {result.quantized_layers} layers "
         f"quantized ({result.layer_bits_per_weight:.2f} bits a weight), {format_size(result.size_bytes)} in "
-        f"all ({result.bits_per_weight:.2f}), {result.seconds:.1f} s, "
+        f"all ({result.bits_per_weight:.2f}){twice}, {result.seconds:.1f} s, "
         f"peak memory {format_size(result.peak_bytes)}"
     )
 

@@ -135,7 +135,7 @@ def _show_runtimes(out: Output, checks: list[RuntimeCheck]) -> None:
         (
             check.runtime,
             check.model,
-            str(sum(check.layers.values())),
+            _layers(check),
             str(len(check.missing)),
             str(len(check.unexpected)),
             "" if check.difference is None else f"{check.difference:.1e}",
@@ -149,3 +149,10 @@ def _show_runtimes(out: Output, checks: list[RuntimeCheck]) -> None:
         kinds = ", ".join(f"{count} {name}" for name, count in sorted(check.layers.items())) or "plain layers"
         versions = ", ".join(f"{name} {version}" for name, version in check.versions.items())
         out.note(f"{check.runtime}: {kinds} in {check.dtype}, {check.tokens} tokens; {versions}")
+
+
+def _layers(check: RuntimeCheck) -> str:
+    """How many layers hold codes in the runtime; it may have decoded some, or all, while it loaded."""
+    count = sum(check.layers.values())
+    decoded = check.stored_layers - count if check.decodes_at_load else 0
+    return f"{count}, {decoded} decoded at load" if decoded else str(count)

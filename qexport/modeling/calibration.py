@@ -54,6 +54,7 @@ class CalibrationData:
     windows: torch.Tensor = field(compare=False, repr=False)
     sources: tuple[UsedSource, ...]
     seed: int
+    repeated: int = 0
 
     @property
     def samples(self) -> int:
@@ -67,8 +68,8 @@ class CalibrationData:
 
     @property
     def tokens(self) -> int:
-        """Tokens of all windows."""
-        return self.windows.numel()
+        """Tokens of all windows, without those that were repeated to fill the last one of a source."""
+        return self.windows.numel() - self.repeated
 
     def figures(self) -> dict[str, Any]:
         """For qexport.json."""
@@ -135,7 +136,7 @@ def calibration_data(
         on_event(Noted(f"calibrating on the package's own little text; {_OWN_TEXT}"))
     tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     length = skeleton.length(spec.sequence_length)
-    windows, used, plain = [], [], False
+    windows, used, plain, repeated = [], [], False, 0
     for source, count in zip(sources, counts, strict=True):
         if source.path is None:
             found = sampled_windows(
@@ -153,9 +154,10 @@ def calibration_data(
             content, plain = file_hash(source.path), plain or (talks and not tokenizer.chat_template)
         given = len(found.windows)
         if given < count:
-            on_event(Noted(_too_small(source, sources, given, count, length)))
+            on_event(Noted(_too_small(source, sources, found, count, length)))
         require_known_ids(int(found.windows.max()), skeleton, model_path)
         windows.append(found.windows)
+        repeated += found.repeated
         used.append(UsedSource(source.name, source.weight, content, found.documents, given))
     if plain:
         on_event(
@@ -167,7 +169,7 @@ def calibration_data(
     together = torch.cat(windows)
     if len(sources) > 1:
         together = together[shuffled(range(len(together)), spec.seed)]
-    return CalibrationData(together, tuple(used), spec.seed)
+    return CalibrationData(together, tuple(used), spec.seed, repeated)
 
 
 def _read(path: Path, tokenizer: Any, samples: int, length: int, seed: int) -> tuple[Packed, bool]:
@@ -180,9 +182,15 @@ def _read(path: Path, tokenizer: Any, samples: int, length: int, seed: int) -> t
 
 
 def _too_small(
-    source: CalibrationSource, sources: Sequence[CalibrationSource], given: int, count: int, length: int
+    source: CalibrationSource, sources: Sequence[CalibrationSource], found: Packed, count: int, length: int
 ) -> str:
     name = "the calibration text" if len(sources) == 1 else source.name
     if source.name == DEFAULT and len(sources) > 1:
         name = "the package's own text"
+    given = len(found.windows)
+    if given == 1 and found.repeated:
+        tokens = f"{length - found.repeated} tokens, repeated to make one sample"
+        return (
+            f"{name} has {tokens} of {length}, where {count} samples are wanted; more text gives better codes"
+        )
     return f"{name} fills {given} of {count} samples of {length} tokens; more text gives better codes"

@@ -23,7 +23,7 @@ from qexport.modeling.architectures import architecture_of
 from qexport.modeling.blocks import layer_names
 from qexport.modeling.skeleton import Skeleton
 from qexport.modeling.structure import structure_problems
-from qexport.quantization.choice import FULL, chosen_bits, skipped
+from qexport.quantization.choice import FULL, Override, chosen_bits, skipped
 from qexport.specs import AnyQuantizeSpec
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -112,7 +112,7 @@ def plan_quantization(
             continue
         key = (override.bits, override.group_size)
         if key not in made:
-            made[key] = method.grid(*key)
+            made[key] = _overridden(method, override)
         grids[name] = made[key]
     obstacles = _obstacles(method, skeleton, wanted, grids, frozenset(asked))
     grids = {name: grid for name, grid in grids.items() if name not in obstacles}
@@ -122,11 +122,13 @@ def plan_quantization(
                 f"group size {size} does not divide the {shapes[name][1]} inputs of {name}",
                 expected="a group size that does, or -1 for a whole row",
             )
+    if not grids and not wanted:
+        raise SpecError("--skip and --override leave no linear layer to quantize", remedy="leave out fewer")
     if not grids:
-        reason = next(iter(obstacles.values()), "none is left by --skip")
         raise SpecError(
-            f"no linear layer of {checkpoint.path} can be stored in the {spec.format} format: {reason}",
-            remedy="try another method, such as bnb with 8 bits" if obstacles else "skip fewer",
+            f"no linear layer of {checkpoint.path} can be stored in the {spec.format} format: "
+            f"{next(iter(obstacles.values()))}",
+            remedy="try another method, such as bnb with 8 bits",
         )
     _tell(obstacles, inner, on_event)
     if fused := skeleton.fused:
@@ -146,6 +148,15 @@ def plan_quantization(
         left,
         *output,
     )
+
+
+def _overridden(method: Method, override: Override) -> Grid:
+    try:
+        return method.grid(override.bits, override.group_size)
+    except SpecError as error:
+        raise SpecError(
+            f"--override '{override}': {error.found}", expected=error.expected, remedy=error.remedy
+        ) from error
 
 
 def _outer_layers(checkpoint: Checkpoint, skeleton: Skeleton) -> dict[str, tuple[int, int]]:
@@ -237,7 +248,7 @@ def _tell_of_loaders(
 ) -> None:
     """What transformers itself does not read of the files, though other runtimes do."""
     special = {
-        "layers of differing bits": len(set(grids.values())) > 1,
+        "layers of differing bits": any(grid != method.common for grid in grids.values()),
         "Conv1D layers": any(name in skeleton.transposed for name in grids),
         "experts": any(map(_EXPERT.search, grids)),
     }

@@ -105,6 +105,7 @@ def quantize(
         size_bytes=writer.plan.size,
         bits_per_weight=figures["bits_per_weight"],
         layer_bits_per_weight=figures["layer_bits_per_weight"],
+        copies=FORMATS[spec.format].copies,
         seconds=cost.seconds,
         peak_bytes=cost.peak_bytes,
         tensors=tuple(errors),

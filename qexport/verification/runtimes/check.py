@@ -29,7 +29,7 @@ from qexport.modeling.whole import load_whole
 from qexport.results import RuntimeCheck
 from qexport.verification.runtimes.drivers.driver import Job, Outcome
 from qexport.verification.runtimes.process import ABSENT, CRASHED, KILLED, require_python, run_jobs, runtimes
-from qexport.verification.runtimes.support import PLAIN, readers_by_method
+from qexport.verification.runtimes.support import PLAIN, readers_by_method, why_unread
 
 READERS = readers_by_method()
 # The largest |theirs - ours| / |ours| that is the runtime's own rounding, on models of two random blocks
@@ -47,7 +47,7 @@ _TOLERANCE_INT8 = 0.15  # LLM.int8 rounds activations to 8 bits
 _ROWS, _LENGTH, _SEED = 2, 32, 20260101
 _INSTALL = {
     "transformers": "pip install transformers accelerate",
-    "gptqmodel": "BUILD_CUDA_EXT=0 pip install --no-build-isolation gptqmodel optimum",
+    "gptqmodel": "it pins other versions: give it an environment of its own, with optimum",
     "hqq": "pip install hqq",
     "mlx": "pip install mlx-lm 'mlx[cpu]'",
 }
@@ -78,7 +78,7 @@ def check_runtime(
     if runtime not in READERS.get(method, ()):
         raise SpecError(
             f"{runtime} does not read {checkpoint.path} ({method})",
-            expected=f"--runtime {' or '.join(READERS[method])}" if method in READERS else "",
+            expected=f"--runtime {' or '.join(READERS[method])}" if method in READERS else why_unread(method),
         )
     if runtime == "hqq" and not trust_remote_code:
         _require_own_pickle(checkpoint.path)
@@ -251,7 +251,7 @@ def _require_loaded(outcome: Outcome, runtime: str, path: Path, python: Path) ->
     if kind in _ABSENT:
         raise MissingDependencyError(
             f"{runtime} does not run in {python}: {found}",
-            remedy=f"{_INSTALL[runtime]}; or name the Python of an environment that has it: --runtime-python",
+            remedy=f"{_INSTALL[runtime]}; --runtime-python names the Python of another environment",
         )
     if kind == KILLED:
         raise MachineError(f"{runtime} did not finish loading {path}: {found}")

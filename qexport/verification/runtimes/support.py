@@ -97,6 +97,11 @@ def refusal(format_name: str, model_type: str, *, symmetric: bool = True) -> Gap
     return next((found for found in gaps if found and not found.written), None)
 
 
+def why_unread(format_name: str) -> str:
+    """Why no runtime here reads a format; empty for one that is not in the table."""
+    return UNREAD[format_name][0] if format_name in UNREAD else ""
+
+
 def readers(format_name: str, model_type: str, *, symmetric: bool = True) -> tuple[str, ...]:
     """The runtimes that read a model type in a format; PLAIN is one."""
     return tuple(
