@@ -125,14 +125,14 @@ def test_a_model_is_read_back_by_us_and_by_transformers(
 
 
 def test_grids_of_both_kinds_side_by_side(llama: Path, tmp_path: Path) -> None:
-    others = {"k_proj": IntegerGrid(8, -1, "middle"), "down_proj": IntegerGrid(4, 128, "integer")}
-    grid = IntegerGrid(8, 32, "integer")
+    others = {"k_proj": IntegerGrid(8, -1), "down_proj": IntegerGrid(4, 128)}
+    grid = IntegerGrid(8, 32)
     require_decoded(llama, write_encoded(llama, tmp_path / "out", pack_quantized, grid, others=others))
 
 
 def test_the_config_is_what_the_library_serializes() -> None:
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    common, other = IntegerGrid(4, 128), IntegerGrid(8, -1, "integer")
+    common, other = IntegerGrid(4, 128), IntegerGrid(8, -1)
     facts = Facts({"a": common, "b": other}, ["c", "lm_head"], common, torch.float16, "llama")
     ours = pack_quantized.config_entries(facts)["quantization_config"]
     theirs = json.loads(quantization.QuantizationConfig.model_validate(ours).model_dump_json())
@@ -140,6 +140,25 @@ def test_the_config_is_what_the_library_serializes() -> None:
     assert ours == {**theirs, **extra}
     assert ours["ignore"] == ["c", "lm_head"]
     assert [group["targets"] for group in ours["config_groups"].values()] == [["b"], ["Linear"]]
+
+
+def test_zero_points_are_decoded_at_load_and_of_one_kind() -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    grid = IntegerGrid(4, 32, "integer")
+    facts = Facts({"a": grid}, [], grid, torch.float16, "llama")
+    ours = pack_quantized.config_entries(facts)["quantization_config"]
+    assert ours["dequantize"] is True  # transformers 5.23 fails over them otherwise
+    theirs = quantization.QuantizationConfig.model_validate(ours)
+    assert theirs.config_groups["group_0"].weights.symmetric is False
+    mixed = Facts({"a": grid, "b": IntegerGrid(8, -1)}, [], grid, torch.float16, "llama")
+    with pytest.raises(SpecError, match="asymmetric codes of several kinds"):
+        pack_quantized.config_entries(mixed)
+    experts = Facts({"m.experts.0.w1": grid}, [], grid, torch.float16, "mixtral")
+    with pytest.raises(SpecError, match="asymmetric experts"):
+        pack_quantized.config_entries(experts)
+    own = {"m.experts.0.w1": IntegerGrid(8, 32), "a": IntegerGrid(4, 32)}
+    with pytest.raises(SpecError, match="experts on grids of their own"):
+        pack_quantized.config_entries(Facts(own, [], own["a"], torch.float16, "mixtral"))
 
 
 def test_a_head_that_nobody_names_is_left() -> None:

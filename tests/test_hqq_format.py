@@ -174,15 +174,6 @@ def test_shards(llama: Path, tmp_path: Path) -> None:
     )
 
 
-def test_no_pickle_where_hqq_could_not_place_the_experts(tmp_path: Path) -> None:
-    source = tiny_model(
-        tmp_path / "full", model_type="mixtral", tied=False, num_local_experts=2, num_experts_per_tok=1
-    )
-    written = write_encoded(source, tmp_path / "out", hqq, IntegerGrid(4, 64, "float"))
-    require_decoded(source, written)
-    assert not (written.path / hqq.PICKLE).exists()
-
-
 def test_the_form_without_a_pickle(llama: Path, tmp_path: Path) -> None:
     assert (hqq.NAME, hqq_safetensors.NAME) == ("hqq", "hqq-safetensors")
     written = write_encoded(llama, tmp_path / "out", hqq_safetensors, IntegerGrid(4, 64, "float"))

@@ -20,6 +20,8 @@ ABSENT, CRASHED, KILLED = "absent", "crashed", "killed"
 _DRIVER = Path(__file__).with_name("drivers") / "driver.py"
 _LOOK_AGAIN_S = 0.2
 _SETTINGS = {
+    # kernels run as written: compiling one takes longer than its work, and fails without a fit compiler
+    "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
