@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 
 help:
 	@echo "make demo       set up, then merge, quantize and verify the embedded model into $(DEMO_OUT)/"
-	@echo "make test       set up, then format check, lint, types and all tests"
+	@echo "make test       set up, then format check, lint, types and all tests, those in the real runtimes too"
 	@echo "make test-fast  the same without the slow tests"
 	@echo "make format     rewrite the code in the project's format"
 	@echo "make embedded   train the embedded model and its adapter again (about half an hour)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,6 @@ from qexport.quantization.fidelity import tensor_error
 from qexport.quantization.plan import Plan
 from qexport.results import TensorError
 
-_ROOM = 1 << 28  # bytes of weights that are under way at once, as they are stored
 _MAX_WORKERS = 8
 
 Write = Callable[[str, torch.Tensor], None]
@@ -26,7 +25,7 @@ class _Solved:
     error: TensorError
 
 
-def quantize_alone(plan: Plan, modules: Iterable[str], write: Write, on_event: OnEvent) -> list[TensorError]:
+def quantize_alone(plan: Plan, modules: Sequence[str], write: Write, on_event: OnEvent) -> list[TensorError]:
     """Solves `modules` one by one; their errors in order. `write` takes names and tensors of the output."""
     errors: list[TensorError] = []
 
@@ -53,7 +52,8 @@ def quantize_alone(plan: Plan, modules: Iterable[str], write: Write, on_event: O
     torch.set_num_threads(1)  # the layers are what runs in parallel
     try:
         workers = max(1, min(_MAX_WORKERS, os.cpu_count() or 1))
-        Overlap(read, solve, put, size=size, room=_ROOM, workers=workers).run(modules)
+        room = workers * max(map(size, modules), default=1)  # the largest on every core, and no more
+        Overlap(read, solve, put, size=size, room=room, workers=workers).run(modules)
     finally:
         torch.set_num_threads(threads)
     return errors
