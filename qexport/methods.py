@@ -31,7 +31,7 @@ from qexport.solvers.gptq import Curvature, curvature
 from qexport.solvers.gptq import gptq as solve_gptq
 from qexport.solvers.hqq import half_quadratic
 from qexport.solvers.rtn import round_to_nearest
-from qexport.solvers.search import groups_alone, search
+from qexport.solvers.search import search
 from qexport.specs import AnyQuantizeSpec, AwqGptqSpec, AwqSpec, CalibrationSpec, GptqSpec
 
 _LONG = 1 << 30  # inputs of a row that is longer than any group
@@ -212,7 +212,7 @@ def _reorders_groups(spec: AnyQuantizeSpec, grid: Grid, inputs: int) -> bool:
     if not isinstance(spec, GptqSpec) or spec.act_order != "full" or spec.static_groups:
         return False
     clips = isinstance(spec, AwqGptqSpec) and spec.clip  # then scales are there before, as with static groups
-    return groups_alone(grid) and not clips and grid.group_width(inputs) < inputs
+    return grid.groups_alone and not clips and grid.group_width(inputs) < inputs
 
 
 def _held(name: str, wish: Wish) -> Grid:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import qexport
 from qexport.calibrate.texts import read_documents
-from qexport.calibrate.windows import calibration_windows
 from qexport.checkpoint.hashing import ALGORITHM, file_hash
 from qexport.errors import NonFiniteError, OutputExistsError, SpecError
 from qexport.events import Started
@@ -28,7 +27,7 @@ from qexport.modeling.whole import load_whole
 from qexport.quantization.by_blocks import stages
 from qexport.specs import SOLVERS, AnyQuantizeSpec, spec_of
 from tests.conftest import RunCli
-from tests.tiny import edit_weights, logits, tiny_model, tokens
+from tests.tiny import calibration_windows, edit_weights, logits, tiny_model, tokens
 from tests.zoo import LENGTH, VARIANTS, ZOO
 
 GetModel = Callable[[str], Path]

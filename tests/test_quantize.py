@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 
 import qexport
 from qexport.calibrate.texts import read_documents
-from qexport.calibrate.windows import calibration_windows
 from qexport.errors import CalibrationError, NonFiniteError, SpecError, UnsupportedModelError
 from qexport.grids.integer import IntegerGrid
 from qexport.modeling.skeleton import build_skeleton
@@ -22,7 +21,15 @@ from qexport.modeling.tokenizer import load_tokenizer
 from qexport.modeling.whole import load_whole
 from qexport.specs import AnyQuantizeSpec, GptqSpec, RtnSpec, spec_of
 from tests.conftest import RunCli
-from tests.tiny import edit_json, edit_weights, in_transformers, logits, tiny_model, tokens
+from tests.tiny import (
+    calibration_windows,
+    edit_json,
+    edit_weights,
+    in_transformers,
+    logits,
+    tiny_model,
+    tokens,
+)
 
 bnb: Any = bitsandbytes
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from qexport.calibrate.texts import read_documents, read_pairs, read_training_documents
-from qexport.calibrate.windows import calibration_windows, opening_token, packed, scored_windows
+from qexport.calibrate.windows import opening_token, packed, scored_windows
 from qexport.errors import CalibrationError, StorageError
 from qexport.modeling.tokenizer import load_tokenizer
 from tests.conftest import shared
+from tests.tiny import calibration_windows
 
 RECORDS = ["one", "two words", "three\nlines"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from qexport.calibrate.windows import opening_token, packed, shuffled, text_tokens
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
@@ -134,3 +137,11 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def tokens(rows: int = 2, length: int = 24, vocabulary: int = 300) -> torch.Tensor:
     """Token ids, always the same."""
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def calibration_windows(
+    documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int
+) -> torch.Tensor:
+    """At most `samples` windows [samples, length] of plain texts, packed as calibration packs them."""
+    order = (text_tokens(document, tokenizer) for document in shuffled(documents, seed))
+    return packed(order, samples=samples, length=length, opening=opening_token(tokenizer)).windows

@@ -31,18 +31,6 @@ def text_tokens(document: str, tokenizer: Any) -> list[int]:
     return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
 
 
-def calibration_windows(
-    documents: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int
-) -> torch.Tensor:
-    """At most `samples` windows int64 [samples, length] of the documents in an order set by `seed`.
-
-    Each document has its special tokens and an EOS. They are packed as `packed` tells, which raises
-    CalibrationError when there are no tokens.
-    """
-    order = (text_tokens(document, tokenizer) for document in shuffled(documents, seed))
-    return packed(order, samples=samples, length=length, opening=opening_token(tokenizer)).windows
-
-
 def shuffled(values: Sequence[Value], seed: int) -> list[Value]:
     """`values` in an order set by `seed`; the input is not changed."""
     order = list(values)

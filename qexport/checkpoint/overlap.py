@@ -8,6 +8,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
+import torch
+
 Item = TypeVar("Item")
 Raw = TypeVar("Raw")
 Done = TypeVar("Done")
@@ -44,7 +46,7 @@ class Overlap(Generic[Item, Raw, Done]):
 
     `read` and `write` see the items in order; `change` is called from several threads. Tensors' work
     releases the interpreter's lock, so threads are enough. What any stage raises is raised by `run`,
-    with nothing left running.
+    with nothing left running. torch has one thread for each while it runs.
     """
 
     def __init__(
@@ -62,6 +64,14 @@ class Overlap(Generic[Item, Raw, Done]):
 
     def run(self, items: Iterable[Item]) -> None:
         """Takes every item through the three stages."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the items are what runs in parallel
+        try:
+            self._run(items)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _run(self, items: Iterable[Item]) -> None:
         room = _Room(self._bytes)
         queue: SimpleQueue[tuple[Item, Future[Done]] | BaseException | None] = SimpleQueue()
         with ThreadPoolExecutor(self._workers) as pool:

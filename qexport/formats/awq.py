@@ -25,6 +25,7 @@ from qexport.checkpoint.tensors import TensorInfo
 from qexport.errors import CorruptFileError, SpecError, UnsupportedModelError
 from qexport.formats.format import Facts, Wish
 from qexport.formats.packing import pack, unpack
+from qexport.formats.parts import FLOATS, misfit, require_part
 from qexport.grids.integer import IntegerCodes, IntegerGrid
 
 NAME = "awq"
@@ -48,7 +49,6 @@ _EACH = 32 // BITS  # codes in a word
 _OUTPUT_OF_NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 _NIBBLE_OF_OUTPUT = (0, 4, 1, 5, 2, 6, 3, 7)  # the inverse of the order above
 _PARTS = ("qweight", "qzeros", "scales")
-_SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _VERSION_KEYS = ("version", "format", "checkpoint_format")  # AutoAWQ's, and GPTQModel's two
 
 
@@ -190,26 +190,25 @@ class AwqDecoder:
         """The layer's tensors in the order of `_PARTS`, seen to fit together."""
         if f"{module}.weight" in self.stored:
             raise CorruptFileError(f"{module} has both weight and qweight", expected="one of them")
-        parts: list[StoredTensor] = []
-        for part in _PARTS:
-            tensor = self.stored.get(f"{module}.{part}")
-            if tensor is None:
-                raise CorruptFileError(f"{module} has no {part}", expected=", ".join(_PARTS))
-            dtypes = _SCALES if part == "scales" else (torch.int32,)
-            if len(tensor.shape) != 2 or tensor.dtype not in dtypes or not tensor.numel:
-                raise CorruptFileError(
-                    f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}",
-                    expected="two dimensions, int32 unless scales, which are floats",
-                )
-            parts.append(tensor)
+        parts = [
+            require_part(
+                self.stored,
+                module,
+                part,
+                dtypes=FLOATS if part == "scales" else (torch.int32,),
+                sides=(2,),
+                parts=_PARTS,
+            )
+            for part in _PARTS
+        ]
         qweight, qzeros, scales = parts
         inputs, words = qweight.shape
         groups = scales.shape[0]
         if qzeros.shape != (groups, words) or scales.shape[1] != words * _EACH or inputs % groups:
-            raise CorruptFileError(
-                f"the tensors of {module} do not fit together: "
-                + ", ".join(f"{p} {list(t.shape)}" for p, t in zip(_PARTS, parts, strict=True)),
-                expected=f"qweight [in, out/{_EACH}], qzeros [groups, out/{_EACH}], scales [groups, out] "
+            raise misfit(
+                module,
+                parts,
+                f"qweight [in, out/{_EACH}], qzeros [groups, out/{_EACH}], scales [groups, out] "
                 "and groups that divide in",
             )
         return qweight, qzeros, scales

@@ -27,6 +27,7 @@ from qexport.checkpoint.tensors import TensorInfo
 from qexport.errors import CorruptFileError, SpecError, UnsupportedModelError
 from qexport.formats.format import Facts, Wish
 from qexport.formats.packing import pack, unpack
+from qexport.formats.parts import FLOATS, misfit, require_part
 from qexport.grids.integer import IntegerCodes, IntegerGrid
 
 NAME = "gptq"
@@ -42,7 +43,6 @@ SIDE = 32
 CONFIG_FILE = "quantize_config.json"
 _DEFAULT_GROUP = 128
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _VERSION_KEYS = ("checkpoint_format", "format")  # GPTQModel writes both
 # The zero point that is stored as 0, by version.
 _SMALLEST_ZERO = {"gptq": 1, "gptq_v2": 0}
@@ -271,19 +271,17 @@ class GptqDecoder:
         """The layer's tensors, seen to fit together."""
         if f"{module}.weight" in self.stored:
             raise CorruptFileError(f"{module} has both weight and qweight", expected="one of them")
-        parts: list[StoredTensor] = []
-        for part in _PARTS:
-            tensor = self.stored.get(f"{module}.{part}")
-            if tensor is None:
-                raise CorruptFileError(f"{module} has no {part}", expected=", ".join(_PARTS))
-            sides = 1 if part == "g_idx" else 2
-            dtypes = _FLOATS if part == "scales" else (torch.int32,)
-            if len(tensor.shape) != sides or tensor.dtype not in dtypes or not tensor.numel:
-                raise CorruptFileError(
-                    f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}",
-                    expected=f"{sides} dimensions, int32 unless scales, which are floats",
-                )
-            parts.append(tensor)
+        parts = [
+            require_part(
+                self.stored,
+                module,
+                part,
+                dtypes=FLOATS if part == "scales" else (torch.int32,),
+                sides=(1,) if part == "g_idx" else (2,),
+                parts=_PARTS,
+            )
+            for part in _PARTS
+        ]
         qweight, qzeros, scales, g_idx = parts
         rows, out = qweight.shape
         inputs = g_idx.shape[0]
@@ -294,10 +292,10 @@ class GptqDecoder:
             or out * bits % 32
             or qzeros.shape != (scales.shape[0], out * bits // 32)
         ):
-            raise CorruptFileError(
-                f"the tensors of {module} do not fit together: "
-                + ", ".join(f"{p} {list(t.shape)}" for p, t in zip(_PARTS, parts, strict=True)),
-                expected="for b bits qweight [in*b/32, out], qzeros [groups, out*b/32], "
+            raise misfit(
+                module,
+                parts,
+                "for b bits qweight [in*b/32, out], qzeros [groups, out*b/32], "
                 "scales [groups, out], g_idx [in]",
             )
         if bits not in BITS:

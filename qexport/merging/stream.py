@@ -176,8 +176,6 @@ class MergeStream:
     def run(self, tensors: Sequence[PlannedTensor]) -> None:
         """Takes all of them through."""
         workers = max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) - 1))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # the pieces are what runs in parallel
         try:
             Overlap(
                 self._read,
@@ -188,7 +186,6 @@ class MergeStream:
                 workers=workers,
             ).run(_pieces(tensors))
         finally:
-            torch.set_num_threads(threads)
             forget_shared()
 
     def _read(self, piece: _Piece) -> _Read:

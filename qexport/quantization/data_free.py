@@ -48,12 +48,7 @@ def quantize_alone(plan: Plan, modules: Sequence[str], write: Write, on_event: O
     def size(module: str) -> int:
         return plan.checkpoint.info(f"{module}.weight").size
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the layers are what runs in parallel
-    try:
-        workers = max(1, min(_MAX_WORKERS, os.cpu_count() or 1))
-        room = workers * max(map(size, modules), default=1)  # the largest on every core, and no more
-        Overlap(read, solve, put, size=size, room=room, workers=workers).run(modules)
-    finally:
-        torch.set_num_threads(threads)
+    workers = max(1, min(_MAX_WORKERS, os.cpu_count() or 1))
+    room = workers * max(map(size, modules), default=1)  # the largest on every core, and no more
+    Overlap(read, solve, put, size=size, room=room, workers=workers).run(modules)
     return errors

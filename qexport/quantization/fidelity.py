@@ -6,9 +6,8 @@ import math
 
 import torch
 
+from qexport.grids.grid import row_slices
 from qexport.results import TensorError
-
-_ROWS_AT_ONCE = 1 << 22  # values in fp32 that are compared at once
 
 
 def tensor_error(
@@ -18,11 +17,10 @@ def tensor_error(
 
     Nothing is changed.
     """
-    rows = max(1, _ROWS_AT_ONCE // max(weight.shape[1], 1))
     square = lost = weighted_square = weighted_lost = 0.0
-    for begin in range(0, len(weight), rows):
-        W = weight[begin : begin + rows].float()  # noqa: N806
-        D = decoded[begin : begin + rows] - W  # noqa: N806
+    for rows in row_slices(weight.shape):
+        W = weight[rows].float()  # noqa: N806
+        D = decoded[rows] - W  # noqa: N806
         square += float(W.square().sum())
         lost += float(D.square().sum())
         if hessian is not None:

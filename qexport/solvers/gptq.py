@@ -16,7 +16,7 @@ import torch
 
 from qexport.errors import NonFiniteError, SpecError
 from qexport.grids.grid import Grid, group_width
-from qexport.solvers.search import groups_alone, search_scales
+from qexport.solvers.search import search_scales
 
 ActOrder = Literal["none", "full", "group-aware"]
 
@@ -168,7 +168,7 @@ def gptq(
 
     group_of = None
     fixed = None
-    if scales is not None or static_groups or not groups_alone(grid):
+    if scales is not None or static_groups or not grid.groups_alone:
         scales = fit(weight, diagonal) if scales is None else scales
         lines = grid.lines(scales)
         fixed = lines.step.t().contiguous(), lines.origin.t().contiguous()

@@ -35,14 +35,6 @@ def shrinks_to_try(bits: int) -> list[float]:
     return [1 - i * _SPACING for i in range(count + 1)]
 
 
-def groups_alone(grid: Grid) -> bool:
-    """Whether a group's scales follow from its weights alone, so that it can be fitted by itself.
-
-    Not so under double quantization, where the scales of many groups share one of their own.
-    """
-    return bool(getattr(grid, "groups_alone", True))
-
-
 def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> Any:
     """Scales of `weight` [out, in] that minimise sum_j h_j (w_j - q_j)^2 in each group. Not changed.
 
@@ -68,7 +60,7 @@ def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | N
 
     shrink = best_shrink(weight, grid, shrinks_to_try(grid.bits), loss)
     scales = grid.fit(weight, shrink)
-    if groups_alone(grid):
+    if grid.groups_alone:
         return scales
     plain = grid.fit(weight)
     better = group_losses(weight, grid, scales, loss).sum() < group_losses(weight, grid, plain, loss).sum()
@@ -83,24 +75,33 @@ def search(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = N
 def best_shrink(weight: torch.Tensor, grid: Grid, shrinks: Sequence[float], loss: GroupLoss) -> torch.Tensor:
     """The factor of each group, fp32 [out, groups], under which `loss` is least; the first of equals.
 
-    Takes the memory of a few chunks of rows. Weight not changed.
+    Takes the memory of a few chunks of rows, and of one set of scales where groups depend on each other: then
+    all are fitted together. Weight not changed.
     """
-    wholes: list[Lines] = []
-    if not groups_alone(grid):
-        wholes = [grid.lines(grid.fit(weight, shrink)) for shrink in shrinks]
+    if not grid.groups_alone:
+        return _least(shrinks, lambda shrink: group_losses(weight, grid, grid.fit(weight, shrink), loss))
     found = []
-    for begin, rows in row_chunks(weight):
+    for _, rows in row_chunks(weight):
         values = grouped(rows, grid.group_width(weight.shape[1]))
-        best = torch.full(values.shape[:2], shrinks[0], device=weight.device)
-        least = torch.full_like(best, torch.inf)
-        for at, shrink in enumerate(shrinks):
-            lines = rows_of(wholes[at], begin, len(rows)) if wholes else grid.lines(grid.fit(rows, shrink))
-            found_loss = loss(errors_of(values, weight.shape[1], grid, lines))
-            better = found_loss < least
-            best[better] = shrink
-            least = torch.where(better, found_loss, least)
-        found.append(best)
+
+        def loss_of(shrink: float, rows: torch.Tensor = rows, values: torch.Tensor = values) -> torch.Tensor:
+            return loss(errors_of(values, weight.shape[1], grid, grid.lines(grid.fit(rows, shrink))))
+
+        found.append(_least(shrinks, loss_of))
     return torch.cat(found)
+
+
+def _least(shrinks: Sequence[float], loss_of: Callable[[float], torch.Tensor]) -> torch.Tensor:
+    """For each group the first of the factors whose loss [rows, groups] is least."""
+    least = loss_of(shrinks[0])
+    least = torch.where(least < torch.inf, least, torch.inf)  # NaN is worse than anything
+    best = torch.full_like(least, shrinks[0])
+    for shrink in shrinks[1:]:
+        found = loss_of(shrink)
+        better = found < least
+        best[better] = shrink
+        least = torch.where(better, found, least)
+    return best
 
 
 def group_losses(weight: torch.Tensor, grid: Grid, scales: Any, loss: GroupLoss) -> torch.Tensor:

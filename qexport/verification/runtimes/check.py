@@ -23,6 +23,7 @@ from qexport.errors import (
 )
 from qexport.events import OnEvent, ignore
 from qexport.formats import mlx
+from qexport.formats.hqq import PICKLE
 from qexport.formats.opening import open_checkpoint
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.modeling.whole import load_whole
@@ -51,7 +52,6 @@ _INSTALL = {
     "hqq": "pip install hqq",
     "mlx": "pip install mlx-lm 'mlx[cpu]'",
 }
-_PICKLE = "qmodel.pt"
 _ABSENT = {ABSENT, "ImportError", "ModuleNotFoundError", "PackageNotFoundError"}
 
 
@@ -235,10 +235,10 @@ def compare(theirs: torch.Tensor, ours: torch.Tensor) -> tuple[float, float, flo
 def _require_own_pickle(path: Path) -> None:
     """hqq's loader evaluates what it finds in qmodel.pt: only what qexport wrote is handed to it."""
     files: Mapping[str, object] = read_manifest(path).get("files") or {}
-    if _PICKLE not in files or _PICKLE in changed_files(path):
-        found = "changed since qexport wrote it" if _PICKLE in files else "was not written by qexport"
+    if PICKLE not in files or PICKLE in changed_files(path):
+        found = "changed since qexport wrote it" if PICKLE in files else "was not written by qexport"
         raise UnsafeFileError(
-            f"{path / _PICKLE} {found}",
+            f"{path / PICKLE} {found}",
             expected="hqq's loader can run code from such a file",
             remedy="add --trust-remote-code if you know where it comes from",
         )
