@@ -35,7 +35,9 @@ def test_quantize_and_verify(name: str, method: str, tmp_path: Path, cli: RunCli
     )
     assert code == 0, err
     result = json.loads(out)
-    assert 0.0 < result["loss"]["loss"] < 0.25
+    # on 30 documents a calibrated model of few bits may come out ahead of its original by a hair
+    assert -0.01 < result["loss"]["loss"] < 0.25
+    assert result["candidate"]["perplexity"]["value"] != result["reference"]["perplexity"]["value"]
     assert result["candidate"]["size_bytes"] < result["reference"]["size_bytes"]
 
 
