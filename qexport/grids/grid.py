@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -68,6 +68,21 @@ class Grid(Protocol):
 
     def decode(self, codes: Any) -> torch.Tensor:
         """The weights fp32 [out, in] that the codes stand for."""
+
+
+@runtime_checkable
+class SelfFitting(Protocol):
+    """A grid that searches its own scales, better than by a row of shrinks."""
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether it is a `Grid` in full; otherwise `search` and `decode` are all that it has."""
+
+    def search_scales(self, weight: torch.Tensor, importance: torch.Tensor | None) -> Any:
+        """Scales of [out, in] under which the squared error, weighed by fp32 [in], is small."""
+
+    def search(self, weight: torch.Tensor, importance: torch.Tensor | None) -> Any:
+        """The assembled codes of [out, in] under those scales."""
 
 
 def encode(grid: Grid, weight: torch.Tensor, scales: Any, group_of: torch.Tensor | None = None) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qexport.errors import SpecError
-from qexport.grids.grid import Grid, Lines, encode, grouped
+from qexport.grids.grid import Grid, Lines, SelfFitting, encode, grouped
 
 # values that are worked on together: 1 MiB in fp32, which stays in a core's cache
 CHUNK = 1 << 18
@@ -49,6 +49,8 @@ def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | N
             f"importance of shape {tuple(importance.shape)} for a weight of {inputs} inputs",
             expected="one number an input",
         )
+    if isinstance(grid, SelfFitting):
+        return grid.search_scales(weight, importance)
     h = torch.ones(inputs) if importance is None else importance.float()
     width = grid.group_width(inputs)
     h = zero_filled(h[None].to(weight.device), width)[0]
@@ -69,6 +71,8 @@ def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | N
 
 def search(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None) -> Any:
     """The nearest codes of `weight` [out, in] under the scales of `search_scales`. Not changed."""
+    if isinstance(grid, SelfFitting):
+        return grid.search(weight, importance)
     return encode(grid, weight, search_scales(weight, grid, importance))
 
 
