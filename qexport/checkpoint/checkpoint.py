@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from qexport.checkpoint.disk import exists, is_file, read_errors
+from qexport.checkpoint.gguf_files import gguf_files, reader
 from qexport.checkpoint.safetensors_file import StoredTensor, iter_values, read_header, read_tensor
 from qexport.checkpoint.sharding import INDEX_FILE, SINGLE_FILE
 from qexport.checkpoint.tensors import TensorInfo
@@ -127,7 +128,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_directory(path: Path) -> Checkpoint:
-    """The checkpoint in a local directory, with its tensors as they are stored.
+    """The checkpoint in a local directory, with its tensors as they are stored; those of a GGUF decoded.
 
     Raises CheckpointNotFoundError, NotACheckpointError, CorruptFileError or UnsafeFileError.
     """
@@ -145,6 +146,8 @@ def open_directory(path: Path) -> Checkpoint:
         raise NotACheckpointError(
             f"{path} has no config.json", expected="a Hugging Face model directory has one"
         )
+    if gguf_files(path):
+        return reader().open_unpacked(path)
     config = read_json(path / CONFIG_FILE)
     stored = _stored_tensors(path)
     tie = _resolve_tie(config, stored)
@@ -244,6 +247,7 @@ def local_path(source: str | Path) -> Path | None:
         return Path(text)
     parts = text.split("/")
     looks_local = text.startswith((".", "/", "~")) or len(parts) > 2 or not all(parts)
+    looks_local = looks_local or text.endswith(".gguf")
     if not looks_local:
         return None
     try:

@@ -1,10 +1,13 @@
-"""Models by Hub id: downloaded through huggingface_hub, or taken from its cache without a network."""
+"""Models by Hub id: downloaded through huggingface_hub, or taken from its cache without a network.
+
+And GGUF files: unpacked into a directory that stands for them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from qexport.checkpoint.checkpoint import local_path
+from qexport.checkpoint.gguf_files import unpacked
 from qexport.checkpoint.sidecars import PATTERNS
 from qexport.errors import CheckpointNotFoundError
 
@@ -14,17 +17,19 @@ MODEL_FILES = ["*.safetensors", "*.json", "adapter_model.bin", *PATTERNS]
 
 
 def resolve(source: str | Path) -> Path:
-    """The local directory of `source`: itself, or the snapshot of a Hub id.
+    """The local directory of `source`: itself, the snapshot of a Hub id, or what a GGUF model is unpacked to.
 
-    A network error falls back to what the cache holds. Raises CheckpointNotFoundError.
+    A network error falls back to what the cache holds. Raises CheckpointNotFoundError, and for a GGUF file
+    that is no model, or one that cannot be read, as `unpack`.
     """
     path = local_path(source)
-    if path is not None:
-        return path
+    return unpacked(_snapshot(str(source)) if path is None else path)
+
+
+def _snapshot(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    repository = str(source)
     try:
         return Path(
             snapshot_download(

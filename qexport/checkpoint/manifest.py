@@ -13,6 +13,7 @@ from typing import Any
 
 from qexport.checkpoint.checkpoint import CONFIG_FILE, read_json
 from qexport.checkpoint.disk import is_file
+from qexport.checkpoint.gguf_files import gguf_files
 from qexport.checkpoint.hashing import ALGORITHM, file_hash
 from qexport.checkpoint.sharding import INDEX_FILE
 from qexport.checkpoint.sidecars import sidecar_files
@@ -88,7 +89,12 @@ def installed_versions() -> dict[str, str]:
 
 
 def content_files(directory: Path) -> list[Path]:
-    """The files of a model or adapter that matter to what is made of it, relative and sorted."""
+    """The files of a model or adapter that matter to what is made of it, relative and sorted.
+
+    Of a GGUF model its own alone: whatever lies beside them was made of them.
+    """
+    if gguf := gguf_files(directory):
+        return [file.relative_to(directory) for file in gguf]
     found = (file for file in directory.glob("*.safetensors") if file.is_file())
     weights = {file.relative_to(directory) for file in found}
     configs = {

@@ -124,7 +124,9 @@ def check_target(target: Path, *, overwrite: bool = False, sources: Sequence[Pat
     """Raises OutputExistsError when the target is there already and must not, or may not, be replaced."""
     final = Path(os.path.abspath(target))  # noqa: PTH100 - lexical: `..` of a link is not followed
     resolved, here = final.resolve(), Path.cwd()
-    for source in sources:
+    # a GGUF model's directory has links to its files
+    linked = [file for source in sources if source.is_dir() for file in source.glob("*.gguf")]
+    for source in (*sources, *linked):
         if resolved == source.resolve() or resolved in source.resolve().parents:
             raise OutputExistsError(
                 f"the output {target} is or holds the input {source}",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qexport.checkpoint.checkpoint import Checkpoint, open_directory
+from qexport.checkpoint.checkpoint import Checkpoint, PlainDecoder, open_directory
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.ties import tie_of
 from qexport.errors import UnsupportedModelError
@@ -40,7 +40,7 @@ def float_dtype(checkpoint: Checkpoint) -> torch.dtype:
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
-    """The checkpoint in a directory or under a Hub id, quantized or not; reads headers only.
+    """The checkpoint in a directory, in a GGUF file or under a Hub id, quantized or not; reads headers only.
 
     Raises CheckpointNotFoundError, NotACheckpointError, CorruptFileError, UnsafeFileError, and
     UnsupportedModelError for a quantization that has no reader yet.
@@ -49,7 +49,7 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     hqq.refuse_pickle_alone(path)
     checkpoint = open_directory(path)
     config = checkpoint.quantization
-    if config is None:
+    if config is None or not isinstance(checkpoint.decoder, PlainDecoder):
         return checkpoint
     method = mlx.METHOD if mlx.is_mlx(config) else str(config.get("quant_method"))
     if method not in FORMATS:

@@ -84,11 +84,10 @@ class Layout:
     def _source(self, name: str) -> Source:
         if self._checkpoint.is_quantized(name):
             return DecodedSource(self._checkpoint, name, float_dtype(self._checkpoint))
-        return self._stored(name)
-
-    def _stored(self, name: str) -> StoredSource:
         tie = self._checkpoint.tie
-        stored = self._checkpoint.stored[tie.embedding if tie and name == tie.head else name]
+        stored = self._checkpoint.stored.get(tie.embedding if tie and name == tie.head else name)
+        if stored is None:  # a GGUF file has other names, and rows in another order
+            return DecodedSource(self._checkpoint, name, self._checkpoint.info(name).dtype)
         return StoredSource(stored, self._hash_of(stored))
 
     def _hash_of(self, stored: StoredTensor) -> PassingHash:

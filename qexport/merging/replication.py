@@ -28,10 +28,11 @@ def replicated(checkpoint: Checkpoint, adapters: Sequence[Adapter]) -> Checkpoin
             f"{adapter.path} was trained on replicated layers, another adapter was not, or on others",
             expected="adapters of one layer_replication",
         )
-    if checkpoint.quantization is not None:
+    if not isinstance(checkpoint.decoder, PlainDecoder):
+        kind = "a GGUF file" if checkpoint.quantization is None else "quantized"
         raise AdapterError(
-            f"{adapter.path} was trained on replicated layers, and the base is quantized",
-            expected="a full-precision base",
+            f"{adapter.path} was trained on replicated layers, and the base is {kind}",
+            expected="a full-precision base in safetensors",
         )
     matches = {name: _LAYER.fullmatch(name) for name in checkpoint.stored}
     depth = max((int(m["number"]) + 1 for m in matches.values() if m), default=0)

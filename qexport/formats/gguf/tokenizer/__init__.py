@@ -1,0 +1,1 @@
+"""A tokenizer as GGUF settings, and back."""
