@@ -1,6 +1,6 @@
 """Does peak memory grow with the number of layers? One process a step, on models of 4 and of 24 blocks.
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory
 
 Makes Llama-shaped checkpoints of random bf16 weights on the spot (hidden 1024, MLP 2816, 32 000 tokens) with
 an adapter on all linear layers, and prints a Markdown table: the peak resident memory of each step's process,

@@ -1,6 +1,6 @@
 """How long does a merge take, against copying the files and against PEFT? And do the results agree?
 
-    python benchmarks/merge.py [--shape 1.5b|7b|both] [--runs N] [--work DIR] [--device cpu|cuda] [--json]
+    python -m benchmarks.merge [--shape 1.5b|7b|both] [--runs N] [--work DIR] [--device cpu|cuda] [--json]
 
 Makes random bf16 checkpoints in the shapes of Qwen2.5-1.5B (tied, 3.1 GB) and Qwen2.5-7B (untied, 15.2 GB)
 with a rank-16 LoRA on all linear layers, then runs in turn, N times, each in a process of its own that writes
@@ -35,8 +35,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from shapes import ALPHA, RANK, SHAPES, Shape, make_adapter, make_checkpoint
-
+from benchmarks.shapes import ALPHA, RANK, SHAPES, Shape, make_adapter, make_checkpoint
 from qexport.sizes import format_size
 
 Result = TypeVar("Result")

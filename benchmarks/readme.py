@@ -1,10 +1,10 @@
 """Writes the README's generated parts anew: each command's help, which runtime reads what, and the
 demo's table as it came out.
 
-    make demo && .venv/bin/python benchmarks/readme.py --demo qexport-demo
-    .venv/bin/python benchmarks/readme.py --memory
-    .venv/bin/python benchmarks/merge.py --json > merge.json
-    .venv/bin/python benchmarks/readme.py --merge merge.json
+    make demo && .venv/bin/python -m benchmarks.readme --demo qexport-demo
+    .venv/bin/python -m benchmarks.readme --memory
+    .venv/bin/python -m benchmarks.merge --json > merge.json
+    .venv/bin/python -m benchmarks.readme --merge merge.json
 
 Each option writes one part: the demo's table from its report.json, the table of benchmarks/memory.py,
 which is run for it, and that of benchmarks/merge.py from its JSON. The commands' help and the
@@ -21,9 +21,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from merge import Agreement, Results, remarks, table
-from merge import Row as MergeRow
-
+from benchmarks.merge import Agreement, Results, remarks, table
+from benchmarks.merge import Row as MergeRow
 from qexport.cli.main import COMMANDS
 from qexport.report.rows import Row, table_markdown
 from qexport.verification.runtimes.support import support_table
@@ -80,7 +79,7 @@ def main() -> None:
     if options.demo:
         text = replaced(text, "demo", demo_table(options.demo))
     if options.memory:
-        run = [sys.executable, str(Path(__file__).with_name("memory.py"))]
+        run = [sys.executable, "-m", "benchmarks.memory"]
         text = replaced(
             text, "memory", subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout
         )

@@ -13,24 +13,27 @@ from qexport.version import __version__
 
 if TYPE_CHECKING:
     from qexport.checkpoint.resharding import shard
+    from qexport.conversion import convert
     from qexport.formats.opening import open_checkpoint
     from qexport.graph.run import export
     from qexport.merging.merge import merge
-    from qexport.quantization import quantize
+    from qexport.quantization.quantize import quantize
     from qexport.verification.verify import evaluate, verify
 
 _VERBS = {
+    "convert": "qexport.conversion",
     "evaluate": "qexport.verification.verify",
     "export": "qexport.graph.run",
     "merge": "qexport.merging.merge",
     "open_checkpoint": "qexport.formats.opening",
-    "quantize": "qexport.quantization",
+    "quantize": "qexport.quantization.quantize",
     "shard": "qexport.checkpoint.resharding",
     "verify": "qexport.verification.verify",
 }
 
 __all__ = [
     "__version__",
+    "convert",
     "evaluate",
     "export",
     "merge",

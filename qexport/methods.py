@@ -25,14 +25,14 @@ from qexport.formats import (
     mlx,
 )
 from qexport.formats.format import Format, Wish
-from qexport.grids.grid import Grid, encode
+from qexport.grids.grid import Grid, SelfFitting, encode
 from qexport.solvers.awq import search_clip
 from qexport.solvers.gptq import Curvature, curvature
 from qexport.solvers.gptq import gptq as solve_gptq
 from qexport.solvers.hqq import half_quadratic
 from qexport.solvers.rtn import round_to_nearest
 from qexport.solvers.search import search
-from qexport.specs import AnyQuantizeSpec, AwqGptqSpec, AwqSpec, CalibrationSpec, GptqSpec
+from qexport.specs import AnyQuantizeSpec, AwqGptqSpec, AwqSpec, CalibrationSpec, GptqSpec, ImportanceSpec
 
 _LONG = 1 << 30  # inputs of a row that is longer than any group
 GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)  # those that runtimes have kernels for
@@ -74,13 +74,10 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A point on the three axes, for one model."""
+class Solving:
+    """How codes are chosen, whatever the format."""
 
     spec: AnyQuantizeSpec
-    format: Format
-    common: Grid
-    dtype: torch.dtype
 
     @property
     def calibrated(self) -> bool:
@@ -92,17 +89,6 @@ class Method:
         """Set where AWQ's scales come before the codes are chosen."""
         return self.spec if isinstance(self.spec, (AwqSpec, AwqGptqSpec)) else None
 
-    def reorders_groups(self, grid: Grid, inputs: int) -> bool:
-        """Whether a group's inputs may be no neighbours (desc_act) in rows of so many."""
-        return _reorders_groups(self.spec, grid, inputs)
-
-    def grid(self, bits: int, group_size: int | None = None) -> Grid:
-        """The grid of a layer that is to have other bits; the group size is the common one unless given."""
-        if group_size is None:
-            group_size = getattr(self.common, "group_size", None)
-        wish = grid_wish(self.spec, self.dtype, bits=bits, group_size=group_size)
-        return _ordered(self.spec, _grid_for(self.spec, wish))
-
     def solve_alone(self, weight: torch.Tensor, grid: Grid) -> Any:
         """Codes of `weight` [out, in] without data: by the solver, or by scale search if it wants some."""
         return _DATA_FREE.get(self.spec.solver, search)(weight, grid)
@@ -110,7 +96,7 @@ class Method:
     def prepare(self, hessian: torch.Tensor, grid: Grid) -> Prepared:
         """What `solve` needs, computed once for layers that share an input and a grid."""
         spec = self.spec
-        if not isinstance(spec, GptqSpec):
+        if not isinstance(spec, GptqSpec) or not _has_lines(grid):
             return Prepared(hessian)
         width = grid.group_width(len(hessian))
         order = curvature(hessian, damp=spec.damp, act_order=spec.act_order, group_size=width)
@@ -119,7 +105,9 @@ class Method:
     def solve(self, weight: torch.Tensor, prepared: Prepared, grid: Grid) -> Any:
         """Codes of `weight` [out, in] that keep its outputs on the calibration inputs."""
         spec, scales = self.spec, None
-        if isinstance(spec, (AwqSpec, AwqGptqSpec)) and spec.clip:
+        if isinstance(spec, ImportanceSpec) or (isinstance(grid, SelfFitting) and not prepared.curvature):
+            return search(weight, grid, prepared.hessian.diagonal())
+        if isinstance(spec, (AwqSpec, AwqGptqSpec)) and spec.clip and not isinstance(grid, SelfFitting):
             shrink = search_clip(weight, prepared.hessian, grid, points=spec.grid_points)
             scales = grid.fit(weight, shrink)
         if isinstance(spec, GptqSpec) and prepared.curvature:
@@ -132,6 +120,30 @@ class Method:
                 searched=spec.search_scales,
             )
         return encode(grid, weight, grid.fit(weight) if scales is None else scales)
+
+
+@dataclass(frozen=True)
+class Method(Solving):
+    """A point on the three axes, for one model."""
+
+    format: Format
+    common: Grid
+    dtype: torch.dtype
+
+    def reorders_groups(self, grid: Grid, inputs: int) -> bool:
+        """Whether a group's inputs may be no neighbours (desc_act) in rows of so many."""
+        return _reorders_groups(self.spec, grid, inputs)
+
+    def grid(self, bits: int, group_size: int | None = None) -> Grid:
+        """The grid of a layer that is to have other bits; the group size is the common one unless given."""
+        if group_size is None:
+            group_size = getattr(self.common, "group_size", None)
+        wish = grid_wish(self.spec, self.dtype, bits=bits, group_size=group_size)
+        return _ordered(self.spec, _grid_for(self.spec, wish))
+
+
+def _has_lines(grid: Grid) -> bool:
+    return not isinstance(grid, SelfFitting) or grid.has_lines
 
 
 _DATA_FREE: dict[str, Callable[[torch.Tensor, Grid], Any]] = {

@@ -62,11 +62,26 @@ class TensorError:
 
 
 @dataclass(frozen=True)
+class GgufFileResult:
+    """One GGUF model of an output: its file, or the first of its parts, its type or mix, and its size.
+
+    `types` counts the tensors by type.
+    """
+
+    file: str
+    type: str
+    size_bytes: int
+    bits_per_weight: float
+    types: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class QuantizeResult:
     """A quantized checkpoint and what it took.
 
     The weights lie `copies` times in the output. `bits_per_weight` counts every byte of the safetensors,
     embeddings and scales included, over every parameter; `layer_bits_per_weight` the quantized layers alone.
+    `files` has the GGUF models; then the size is that of all, the rest the smallest one's.
     """
 
     path: Path
@@ -83,6 +98,7 @@ class QuantizeResult:
     seconds: float
     peak_bytes: int
     tensors: tuple[TensorError, ...]
+    files: tuple[GgufFileResult, ...] = ()
 
     def worst(self, count: int = 5) -> list[TensorError]:
         """The tensors that lost most: by their outputs where those were seen, else by their values."""

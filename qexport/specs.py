@@ -22,6 +22,17 @@ _Names = Annotated[
 ]
 
 
+def _split(value: Any) -> Any:
+    """'a,b' and ('a,b', 'c') as ('a', 'b') and ('a', 'b', 'c')."""
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) for one in values):
+        return value
+    return tuple(part.strip() for one in values for part in one.split(",") if part.strip())
+
+
+_List = Annotated[tuple[str, ...], BeforeValidator(_split)]
+
+
 class Spec(BaseModel):
     """Base of all specs: frozen, and a field that it does not know is an error."""
 
@@ -32,6 +43,14 @@ class ShardSpec(Spec):
     """How a checkpoint is cut into files."""
 
     max_shard_size: Size = Field(5_000_000_000, description="largest file, e.g. 5GB or 500MB")
+
+
+class ConvertSpec(ShardSpec):
+    """How a model is written in another form."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = Field(
+        None, description="dtype of all weights; default: the model's own (gguf-lora: float32)"
+    )
 
 
 Combination = Literal[
@@ -100,9 +119,18 @@ class CalibrationSpec(Spec):
 
 
 FormatName = Literal[
-    "gptq", "gptq_v2", "awq", "hqq", "hqq-safetensors", "bitsandbytes", "compressed-tensors", "mlx", "eetq"
+    "gptq",
+    "gptq_v2",
+    "awq",
+    "hqq",
+    "hqq-safetensors",
+    "bitsandbytes",
+    "compressed-tensors",
+    "mlx",
+    "eetq",
+    "gguf",
 ]
-MethodName = Literal["rtn", "bnb", "eetq", "hqq", "mlx", "gptq", "awq"]
+MethodName = Literal["rtn", "bnb", "eetq", "hqq", "mlx", "gguf", "gptq", "awq"]
 Bits = Literal[1, 2, 3, 4, 5, 6, 8]
 
 
@@ -129,10 +157,19 @@ class WeightsSpec(ShardSpec):
     double_quant: bool | None = Field(
         None, description="quantize bitsandbytes' 4-bit scales too; default: yes"
     )
+    type: _List = Field(
+        (),
+        description="gguf: types or mixes, a file each, e.g. q4_k_m or q4_k_m,q6_k,q8_0; default: that of "
+        "--bits, q4_k_m for 4",
+    )
+    pre_tokenizer: str | None = Field(
+        None, description="gguf: llama.cpp's name of the pre-tokenizer, where it cannot be told by itself"
+    )
     override: _Names = Field(
         (),
         description="other bits for layers whose names match, 'PATTERN=BITS' or 'PATTERN=BITS:GROUP_SIZE', "
-        "e.g. 'model.layers.0.*=8'; the last that matches counts",
+        "e.g. 'model.layers.0.*=8'; gguf: other types for tensors, 'blk.*.ffn_down=q6_k'; the last that "
+        "matches counts",
     )
     skip: _Names = Field(
         (), description="layers that stay as they are, a pattern such as '*.down_proj'; before any override"
@@ -192,6 +229,20 @@ class GptqSpec(WeightsSpec, CalibrationSpec):
     )
 
 
+class ImportanceSpec(WeightsSpec, CalibrationSpec):
+    """Scales searched for the error that matters: each input weighs what its activations do."""
+
+    packages: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    method: MethodName = "gguf"
+    solver: Literal["importance"] = "importance"
+    format: FormatName = Field("gguf", description="layout of the files")
+    imatrix: str | None = Field(
+        None,
+        description="gguf: an importance matrix that is there, llama.cpp's .gguf or .dat, in place of a "
+        "calibration",
+    )
+
+
 class AwqSearch(Spec):
     """How AWQ looks for its scales."""
 
@@ -216,12 +267,13 @@ class AwqGptqSpec(GptqSpec, AwqSearch):
     format: FormatName = Field("awq", description="layout of the files")
 
 
-AnyQuantizeSpec = RtnSpec | SearchSpec | HqqSpec | GptqSpec | AwqSpec | AwqGptqSpec
+AnyQuantizeSpec = RtnSpec | SearchSpec | HqqSpec | ImportanceSpec | GptqSpec | AwqSpec | AwqGptqSpec
 QuantizeSpec = Annotated[AnyQuantizeSpec, Field(discriminator="solver")]
 SOLVERS: dict[str, type[AnyQuantizeSpec]] = {
     "rtn": RtnSpec,
     "search": SearchSpec,
     "hqq": HqqSpec,
+    "importance": ImportanceSpec,
     "gptq": GptqSpec,
     "awq": AwqSpec,
     "awq+gptq": AwqGptqSpec,
@@ -243,9 +295,12 @@ METHODS: dict[MethodName, Preset] = {
     "eetq": Preset("rtn", "eetq", bits=8),
     "hqq": Preset("hqq", "hqq"),
     "mlx": Preset("search", "mlx"),
+    "gguf": Preset("search", "gguf"),
     "gptq": Preset("gptq", "gptq"),
     "awq": Preset("awq", "awq"),
 }
+# who gives one of these for GGUF wants the search to heed it
+_MEANS_IMPORTANCE = {"imatrix", *CalibrationSpec.model_fields}
 
 
 def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,7 +318,10 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
                 remedy=f"did you mean {near[0]}?" if near else "",
             )
     preset = METHODS[method]  # type: ignore[index]
-    return {**preset._asdict(), **{name: value for name, value in options.items() if value is not None}}
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if preset.format == "gguf" and solver is None and given.keys() & _MEANS_IMPORTANCE:
+        preset = preset._replace(solver="importance")
+    return {**preset._asdict(), **given}
 
 
 def spec_of(method: str, **options: Any) -> AnyQuantizeSpec:

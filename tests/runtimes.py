@@ -97,6 +97,7 @@ def python_of(runtime: str) -> Path | None:
         "transformers": ("bitsandbytes", "compressed_tensors"),
         "hqq": ("hqq",),
         "mlx": ("mlx", "mlx_lm"),
+        "llamacpp": ("cyllama", "gguf", "numba"),
     }
     for package in needs[runtime]:
         pytest.importorskip(package, reason=f"needs {package}")

@@ -25,7 +25,7 @@ from qexport.modeling.skeleton import build_skeleton
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.modeling.whole import load_whole
 from qexport.quantization.by_blocks import stages
-from qexport.specs import SOLVERS, AnyQuantizeSpec, spec_of
+from qexport.specs import SOLVERS, AnyQuantizeSpec, CalibrationSpec, spec_of
 from tests.conftest import RunCli
 from tests.tiny import calibration_windows, edit_weights, logits, tiny_model, tokens
 from tests.zoo import LENGTH, VARIANTS, ZOO
@@ -302,7 +302,7 @@ def test_any_solver_into_any_fitting_format(
     out = tmp_path / "out"
     options: dict[str, Any] = {"solver": solver, "format": format_name, "lm_head": format_name != "awq"}
     options |= {"bits": 8} if format_name == "eetq" else {}
-    needs_data = solver in ("gptq", "awq", "awq+gptq")
+    needs_data = issubclass(SOLVERS[solver], CalibrationSpec)
     spec = calibrated("gptq", text, **options) if needs_data else spec_of("rtn", **options)
     if (solver, format_name) in REFUSED:
         with pytest.raises(SpecError, match=REFUSED[solver, format_name]):

@@ -18,9 +18,10 @@ FLOORS = (
     {"graph"},
     {"report"},
     {"verification"},
-    {"quantization", "merging"},
+    {"quantization", "conversion"},
+    {"merging"},
     {"methods"},
-    {"formats"},
+    {"formats", "ollama"},
     {"solvers"},
     {"modeling"},
     {"calibrate"},
@@ -95,7 +96,10 @@ def test_help_imports_nothing_heavy() -> None:
     assert not modules_after("import qexport") & HEAVY
 
 
-@pytest.mark.parametrize("command", ["demo", "export", "merge", "quantize", "shard", "verify"])
+COMMANDS = ("convert", "demo", "export", "imatrix", "merge", "quantize", "shard", "verify")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_commands_help_does_not_wait_for_torch(command: str) -> None:
     run = f"from qexport.cli.main import run\nassert run(['{command}', '--help']) == 0"
     assert not modules_after(run) & (HEAVY - {"pydantic"})

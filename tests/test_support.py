@@ -41,22 +41,20 @@ SANE = 1.2  # |quantized - full| / |full| of the logits; of logits that have not
 FEW_BITS = 1.5  # with 1 or 2 bits little is left of random weights
 Options = Mapping[str, Any]
 
-# Every method as it comes, and crossings of solvers and formats, on all architectures.
+# Every method as it comes, on all architectures.
 EVERYWHERE: dict[str, Options] = {
     **{method: {"method": method} for method in METHODS},
     "bnb-int8": {"method": "bnb", "bits": 8},
+    "ct-gptq": {"method": "gptq", "format": "compressed-tensors"},
+    "gptq_v2-hqq": {"method": "hqq", "format": "gptq_v2"},
+}
+# Crossings of solvers and formats, on those that are least like each other.
+UNLIKE = ("llama", "gemma2", "gpt2", "mixtral", "qwen3_moe")
+ON_UNLIKE: dict[str, Options] = {
     "bnb-fp4": {"method": "bnb", "quant_type": "fp4", "double_quant": False},
     "bnb-gptq": {"method": "gptq", "format": "bitsandbytes"},
-    "ct-gptq": {"method": "gptq", "format": "compressed-tensors"},
     "ct-gptq-asymmetric": {"method": "gptq", "format": "compressed-tensors", "symmetric": False},
     "ct-awq+gptq": {"method": "awq", "solver": "awq+gptq", "format": "compressed-tensors"},
-    "ct-awq+gptq-asymmetric": {
-        "method": "awq",
-        "solver": "awq+gptq",
-        "format": "compressed-tensors",
-        "symmetric": False,
-    },
-    "gptq_v2-hqq": {"method": "hqq", "format": "gptq_v2"},
     "mlx-gptq": {"method": "mlx", "solver": "gptq"},
 }
 # Every solver in every format, on Llama. HQQ moves zeros, which some formats have not.
@@ -108,6 +106,8 @@ class Cell:
     def symmetric(self) -> bool:
         """Whether its codes have no zeros of their own."""
         spec = self._spec({})
+        if spec.format == "gguf":
+            return True
         grid = FORMATS[spec.format].module.grid_for(grid_wish(spec, torch.float16))
         return bool(getattr(grid, "symmetric", True))
 
@@ -141,6 +141,7 @@ class Cell:
 CELLS = [
     *(Cell(model_type, "plain", {}) for model_type in ZOO),
     *(Cell(model_type, name, options) for model_type in ZOO for name, options in EVERYWHERE.items()),
+    *(Cell(model_type, name, options) for model_type in UNLIKE for name, options in ON_UNLIKE.items()),
     *(Cell("llama", name, options) for name, options in {**CROSSED, **CHOICES}.items()),
 ]
 Models = Callable[[str], tuple[Path, torch.Tensor, torch.Tensor]]
@@ -244,7 +245,7 @@ def test_formats_that_no_runtime_here_reads_decode_to_the_model(
 
 
 def test_the_table_knows_all_formats_and_architectures() -> None:
-    assert {*support.SUPPORT, *support.UNREAD} == {support.PLAIN, *FORMATS}
+    assert {*support.SUPPORT, *support.UNREAD} == {support.PLAIN, "gguf", *FORMATS}
     assert set(support.model_types()) == set(ZOO)
     assert {runtime for runtimes in support.SUPPORT.values() for runtime in runtimes} == set(RUNTIMES)
     tables = [gaps for runtimes in support.SUPPORT.values() for gaps in runtimes.values()]

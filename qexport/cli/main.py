@@ -19,11 +19,13 @@ from qexport.version import __version__
 
 # name -> (where the command is, what it does); `qexport --help` imports none of them
 COMMANDS = {
+    "convert": ("qexport.cli.convert:convert", "Write a model, or an adapter, in another form."),
     "demo": ("qexport.cli.demo:demo", "Run the whole way on the embedded model, in minutes."),
     "export": (
         "qexport.cli.export:export",
         "Run a recipe: merge, shard, quantize, verify, report.",
     ),
+    "imatrix": ("qexport.cli.imatrix:imatrix", "Gather a GGUF importance matrix."),
     "merge": ("qexport.cli.merge:merge", "Merge adapters into their base."),
     "quantize": ("qexport.cli.quantize:quantize", "Quantize a model."),
     "shard": ("qexport.cli.shard:shard", "Write a model again in files of another size."),

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from qexport.checkpoint.gguf_files import in_the_users_words
 from qexport.events import Advanced, Event, Finished, Noted, OnEvent, Started
 from qexport.results import plain
 
@@ -20,7 +21,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def printable(text: str) -> str:
-    """`text` with control characters and half surrogates escaped: names out of files are not trusted."""
+    """`text` with control characters and half surrogates escaped: names out of files are not trusted.
+
+    A GGUF file goes by its own name, not by that of the directory it was unpacked to.
+    """
+    text = in_the_users_words(text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -34,9 +39,12 @@ class Output:
     def result(self, data: dict[str, Any], text: str) -> None:
         """The command's result: `data` as one JSON object, or `text` for people."""
         if self.json:
-            click.echo(json.dumps(plain(data), ensure_ascii=False, allow_nan=False))
+            self._json(data)
         elif not self.quiet:
-            click.echo(text)
+            click.echo(in_the_users_words(text))
+
+    def _json(self, data: dict[str, Any]) -> None:
+        click.echo(in_the_users_words(json.dumps(plain(data), ensure_ascii=False, allow_nan=False)))
 
     def table(
         self,
@@ -46,8 +54,9 @@ class Output:
         data: dict[str, Any],
     ) -> None:
         """A result with rows: a table on a terminal, tab-separated lines elsewhere, or JSON."""
+        rows = [[in_the_users_words(cell) for cell in row] for row in rows]
         if self.json:
-            click.echo(json.dumps(plain(data), ensure_ascii=False, allow_nan=False))
+            self._json(data)
         elif self.quiet:
             return
         elif sys.stdout.isatty():

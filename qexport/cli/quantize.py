@@ -18,6 +18,13 @@ from qexport.specs import METHODS, SOLVERS, with_preset
 @click.command(short_help="Quantize a model.")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="directory to make")
+@click.option(
+    "-a",
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="adapter to merge into MODEL as it is read, PATH or PATH:WEIGHT; repeatable",
+)
 @click.option("--method", required=True, type=click.Choice(list(METHODS)), help="how to quantize")
 @click.option(
     "--solver", type=click.Choice(list(SOLVERS)), help="how codes are chosen; default: the method's"
@@ -29,6 +36,7 @@ from qexport.specs import METHODS, SOLVERS, with_preset
 def quantize(
     model: str,
     output: Path,
+    adapters: tuple[str, ...],
     method: str,
     solver: str | None,
     overwrite: bool,
@@ -37,7 +45,7 @@ def quantize(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Quantize MODEL, a directory or Hub id.
+    """Quantize MODEL, a directory, GGUF file or Hub id.
 
     A method is a preset of solver, bits and format; --solver, --bits and --format override each.
 
@@ -47,25 +55,28 @@ def quantize(
                   rtn   round to nearest, GPTQ's format
                   hqq   half-quadratic zeros, HQQ's format
                   mlx   searched scales, MLX
+                  gguf  llama.cpp's types and mixes; with --imatrix or --calibration weighed by importance
     calibrated:   gptq  error feedback, GPTQ's format
                   awq   activation-aware scales, AWQ's format
     """
-    values = with_preset({"method": method, "solver": solver})
-    spec = make_spec(SOLVERS[values["solver"]], {**values, **_given(given)}, f"solver {values['solver']}")
+    values = with_preset({"method": method, "solver": solver, **_given(given)})
+    spec = make_spec(SOLVERS[values["solver"]], values, f"solver {values['solver']}")
     out = Output(as_json, quiet)
-    from qexport.quantization import quantize as run
+    from qexport.quantization.quantize import quantize as run
 
     with out.listening() as on_event:
         result = run(
             model,
             output,
             spec,
+            adapters=adapters,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             on_event=on_event,
         )
-    out.result({**asdict(result), "path": str(result.path)}, _summary(result))
-    if not as_json and not quiet:
+    told = _gguf_summary(result) if result.files else _summary(result)
+    out.result({**asdict(result), "path": str(result.path)}, told)
+    if result.tensors and not as_json and not quiet:
         out.table("largest errors", ("tensor", "bits", "relative error", "of outputs"), _worst(result), {})
 
 
@@ -87,6 +98,19 @@ def _summary(result: QuantizeResult) -> str:
         f"all ({result.bits_per_weight:.2f}){twice}, {result.seconds:.1f} s, "
         f"peak memory {format_size(result.peak_bytes)}"
     )
+
+
+def _gguf_summary(result: QuantizeResult) -> str:
+    """A line for each file, and one of what it took."""
+    method = result.method if result.solver == "search" else f"{result.method} ({result.solver})"
+    lines = [
+        f"{result.path / file.file}: {method} {file.type}, {format_size(file.size_bytes)} "
+        f"({file.bits_per_weight:.2f} bits a weight): "
+        + ", ".join(f"{count} {kind}" for kind, count in file.types.items())
+        for file in result.files
+    ]
+    lines.append(f"{result.seconds:.1f} s, peak memory {format_size(result.peak_bytes)}")
+    return "\n".join(lines)
 
 
 def _worst(result: QuantizeResult) -> list[tuple[str, str, str, str]]:

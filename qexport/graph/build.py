@@ -29,7 +29,7 @@ from qexport.merging.plan import plan_merge
 from qexport.modeling.architectures import architecture_of
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.modeling.tokenizer import load_tokenizer
-from qexport.quantization import planned_size
+from qexport.quantization.quantize import planned_size
 from qexport.specs import METHODS, AnyQuantizeSpec, CalibrationSpec, ShardSpec
 from qexport.verification.verify import evaluation_data
 

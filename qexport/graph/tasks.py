@@ -31,7 +31,7 @@ from qexport.events import OnEvent
 from qexport.measure import Measured
 from qexport.merging.adapter import split_weight
 from qexport.merging.merge import merge, merge_recipe
-from qexport.quantization import quantize, quantize_recipe
+from qexport.quantization.quantize import quantize, quantize_recipe
 from qexport.report.rows import MARK, Row, make_row, report_json, report_markdown
 from qexport.results import Bleu, Evaluation, Perplexity, plain
 from qexport.specs import (

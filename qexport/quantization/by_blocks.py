@@ -6,23 +6,26 @@ Embeddings are the exception: where they become codes too, the first block still
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from qexport.calibrate.hessian import InputStatistics, mean_abs
+from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.errors import first_of
 from qexport.events import Advanced, Noted, OnEvent
-from qexport.methods import Prepared
+from qexport.grids.grid import Grid
+from qexport.methods import Prepared, Solving
 from qexport.modeling.blocks import BlockStream, Layer, set_weight, weight_of
 from qexport.modeling.calibration import CalibrationData
 from qexport.modeling.folding import Fold, apply_fold
+from qexport.modeling.skeleton import Skeleton
 from qexport.quantization.data_free import Write
 from qexport.quantization.fidelity import tensor_error
-from qexport.quantization.plan import Plan
 from qexport.results import TensorError
 from qexport.solvers.awq import search_awq_scales
 from qexport.specs import GptqSpec
@@ -31,6 +34,37 @@ _BATCH_TOKENS = 4096  # tokens that go through a block at once
 _TOKENS_AN_INPUT = 10  # from which on a Hessian's directions are all seen several times
 
 Group = tuple[Layer, ...]
+
+
+class BlockPlan(Protocol):
+    """What is asked of a plan. Layers are called by their names on disk, without `.weight`."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The model."""
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """Its modules, bound to the checkpoint."""
+
+    @property
+    def method(self) -> Solving:
+        """How codes are chosen."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """[out, in] of the layers."""
+
+    @property
+    def grids(self) -> Mapping[str, Grid]:
+        """The layers that become codes; those outside the blocks are left alone here."""
+
+    @property
+    def weights(self) -> Collection[str]:
+        """Names of the tensors that become codes."""
+
+    def layer_tensors(self, module: str, codes: Any) -> dict[str, torch.Tensor]:
+        """What to write of a solved layer."""
 
 
 @dataclass
@@ -56,7 +90,7 @@ def stages(groups: Sequence[Group], *, one_by_one: bool) -> list[list[Group]]:
 class BlockQuantizer:
     """Runs one plan over its calibration windows. Holds one block, its statistics and the activations."""
 
-    plan: Plan
+    plan: BlockPlan
     data: CalibrationData
     write: Write
     on_event: OnEvent

@@ -55,12 +55,13 @@ def matching(pattern: str, names: Collection[str]) -> list[str]:
     ]
 
 
-def _require_match(option: str, text: str, pattern: str, names: Collection[str]) -> list[str]:
+def require_match(option: str, text: str, pattern: str, names: Collection[str]) -> list[str]:
+    """The names that a pattern of an option matches. SpecError with the nearest name when it matches none."""
     found = matching(pattern, names)
     if not found:
         near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
         raise SpecError(
-            f"{option} {text!r} matches no linear layer of the model",
+            f"{option} {text!r} matches no layer of the model",
             expected=f"names such as {near[0] if near else next(iter(names), 'none')}",
         )
     return found
@@ -74,7 +75,7 @@ def chosen_bits(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Ove
     chosen: dict[str, Override] = {}
     for text in overrides:
         override = parse_override(text)
-        for name in _require_match("--override", text, override.pattern, names):
+        for name in require_match("--override", text, override.pattern, names):
             chosen[name] = override
     return chosen
 
@@ -89,5 +90,5 @@ def skipped(names: Sequence[str], patterns: Sequence[str], optional: Collection[
         if matching(pattern, optional):
             left.update(matching(pattern, names))
         else:
-            left.update(_require_match("--skip", pattern, pattern, names))
+            left.update(require_match("--skip", pattern, pattern, names))
     return left

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qexport.checkpoint.checkpoint import Checkpoint, open_directory
+from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.finiteness import require_finite
-from qexport.checkpoint.hub import resolve
+from qexport.checkpoint.hashing import file_hash
 from qexport.checkpoint.manifest import Recipe, fingerprint
 from qexport.checkpoint.sidecars import sidecars_of
 from qexport.checkpoint.writer import CheckpointWriter
@@ -25,16 +26,30 @@ from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.quantization.by_blocks import BlockQuantizer
 from qexport.quantization.data_free import quantize_alone
 from qexport.quantization.plan import Plan, plan_quantization
+from qexport.quantization.source import Source, opened_source
 from qexport.results import QuantizeResult, TensorError
-from qexport.specs import AnyQuantizeSpec, CalibrationSpec
+from qexport.specs import AnyQuantizeSpec, CalibrationSpec, ImportanceSpec
+
+GGUF = "gguf"
 
 
 def quantize_recipe(source: Path, spec: AnyQuantizeSpec) -> Recipe:
     """What determines the output of `quantize`; the calibration text counts by its content."""
-    inputs = {"model": fingerprint(source)}
-    if isinstance(spec, CalibrationSpec):
+    return _recipe({"model": fingerprint(source)}, spec)
+
+
+def _recipe(inputs: Mapping[str, str], spec: AnyQuantizeSpec) -> Recipe:
+    inputs = dict(inputs)
+    options = spec.model_dump(exclude={"calibration", "imatrix"})
+    packages = spec.packages
+    if isinstance(spec, ImportanceSpec) and spec.imatrix is not None:
+        inputs["imatrix"] = file_hash(Path(spec.imatrix))
+    elif isinstance(spec, CalibrationSpec):
         inputs |= calibration_fingerprints(spec)
-    return Recipe("quantize", spec.model_dump(exclude={"calibration"}), inputs, spec.packages)
+    if spec.format == GGUF:
+        packages = (*packages, "gguf", "numba")
+        options["split"] = "max_shard_size" in spec.model_fields_set  # one file unless a size is named
+    return Recipe("quantize", options, inputs, packages)
 
 
 def quantize(
@@ -42,23 +57,53 @@ def quantize(
     out: str | Path,
     spec: AnyQuantizeSpec,
     *,
+    adapters: Sequence[str | Path] = (),
     overwrite: bool = False,
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> QuantizeResult:
-    """Writes `source` to `out` with its linear layers quantized as `spec` says.
+    """Writes `source`, with `adapters` merged into it as it is read, to `out`, quantized as `spec` says.
 
     Norms, routers and what the spec skips stay as they are, embeddings and the output head too unless they
-    are asked for, and so does a layer that the format cannot hold; the result names those. Methods without
-    data stream tensor by tensor; calibrated ones hold one block and the calibration activations. The input
-    is not changed.
+    are asked for (in GGUF they are codes always), and so does a layer that the format cannot hold; the result
+    names those. Methods without data stream tensor by tensor; calibrated ones hold one block and the
+    calibration activations. The inputs are not changed.
 
-    Raises InputError for what cannot be read or does not fit, NonFiniteError before the long work,
-    MissingDependencyError, OutputExistsError, StorageError.
+    Raises InputError for what cannot be read or does not fit, NonFiniteError before the long work (in GGUF
+    without data: as it comes), MissingDependencyError, OutputExistsError, StorageError.
     """
-    path, out = resolve(source), Path(out)
-    checkpoint = open_directory(path)
-    skeleton = build_skeleton(path, trust_remote_code=trust_remote_code)
+    with opened_source(
+        source, adapters, spec, trust_remote_code=trust_remote_code, on_event=on_event
+    ) as opened:
+        skeleton = build_skeleton(opened.path, trust_remote_code=trust_remote_code)
+        if spec.format == GGUF:
+            from qexport.quantization.gguf import quantize_gguf as run  # its packages are an extra
+        else:
+            run = _quantize
+        return run(
+            opened,
+            skeleton,
+            Path(out),
+            spec,
+            recipe=lambda: _recipe(opened.inputs(), spec),
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            on_event=on_event,
+        )
+
+
+def _quantize(
+    source: Source,
+    skeleton: Skeleton,
+    out: Path,
+    spec: AnyQuantizeSpec,
+    *,
+    recipe: Callable[[], Recipe],
+    overwrite: bool,
+    trust_remote_code: bool,
+    on_event: OnEvent,
+) -> QuantizeResult:
+    checkpoint, path = source.checkpoint, source.path
     plan = plan_quantization(checkpoint, skeleton, spec, on_event)
     if isinstance(spec, CalibrationSpec):
         check_calibration(spec)
@@ -68,12 +113,12 @@ def quantize(
             out,
             plan.infos,
             config={**checkpoint.config, **plan.config_entries},
-            recipe=lambda: quantize_recipe(path, spec),
+            recipe=recipe,
             max_shard_size=spec.max_shard_size,
             sidecars=sidecars_of(path),
             finish=plan.method.format.finish,
             copies=FORMATS[spec.format].copies,
-            sources=[path],
+            sources=source.directories,
             overwrite=overwrite,
             on_event=on_event,
         ) as writer,
@@ -119,6 +164,12 @@ def planned_size(
 
     Raises the InputError that `quantize` would.
     """
+    if spec.format == GGUF:
+        from qexport.quantization.gguf import prepare_gguf
+
+        source = Source(checkpoint, checkpoint.path, dict, [checkpoint.path])
+        files = prepare_gguf(source, skeleton, spec, on_event=on_event).plan
+        return sum(map(files.size, files.variants))
     plan = plan_quantization(checkpoint, skeleton, spec, on_event)
     if isinstance(spec, CalibrationSpec):
         check_calibration(spec)

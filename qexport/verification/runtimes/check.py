@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.checkpoint.gguf_files import gguf_files
 from qexport.checkpoint.manifest import changed_files, read_manifest
 from qexport.errors import (
     GateError,
@@ -30,7 +31,7 @@ from qexport.modeling.whole import load_whole
 from qexport.results import RuntimeCheck
 from qexport.verification.runtimes.drivers.driver import Job, Outcome
 from qexport.verification.runtimes.process import ABSENT, CRASHED, KILLED, require_python, run_jobs, runtimes
-from qexport.verification.runtimes.support import PLAIN, readers_by_method, why_unread
+from qexport.verification.runtimes.support import GGUF, PLAIN, readers_by_method, why_unread
 
 READERS = readers_by_method()
 # The largest |theirs - ours| / |ours| that is the runtime's own rounding, on models of two random blocks
@@ -43,6 +44,7 @@ TOLERANCES = {
     "awq": 5e-2,
     "hqq": 1e-3,
     "mlx": 1e-3,
+    GGUF: 5e-2,  # llama.cpp rounds activations to 8 bits for products with codes
 }
 _TOLERANCE_INT8 = 0.15  # LLM.int8 rounds activations to 8 bits
 _ROWS, _LENGTH, _SEED = 2, 32, 20260101
@@ -51,6 +53,7 @@ _INSTALL = {
     "gptqmodel": "it pins other versions: give it an environment of its own, with optimum",
     "hqq": "pip install hqq",
     "mlx": "pip install mlx-lm 'mlx[cpu]'",
+    "llamacpp": "pip install cyllama",
 }
 _ABSENT = {ABSENT, "ImportError", "ModuleNotFoundError", "PackageNotFoundError"}
 
@@ -180,6 +183,8 @@ def _tensors(names: tuple[str, ...]) -> str:
 
 def method_of(checkpoint: Checkpoint) -> str:
     """What quantized a checkpoint, as in READERS."""
+    if gguf_files(checkpoint.path):
+        return GGUF
     config = checkpoint.quantization
     if config is None:
         return PLAIN
@@ -193,7 +198,12 @@ def tolerance_of(checkpoint: Checkpoint) -> float:
 
 
 def stored_layers(checkpoint: Checkpoint) -> int:
-    """How many matrices lie in the file as codes; a stack of experts counts as many as it holds."""
+    """How many matrices lie in the file as codes; a stack of experts counts as many as it holds.
+
+    In GGUF, where experts are one tensor, how many tensors.
+    """
+    if gguf_files(checkpoint.path):
+        return sum(tensor.dtype == torch.uint8 for tensor in checkpoint.stored.values())
     shapes = [checkpoint.info(n).shape for n in checkpoint.names() if checkpoint.is_quantized(n)]
     return sum(math.prod(shape[:-2]) for shape in shapes)
 

@@ -2,7 +2,7 @@
 
 `tests/test_support.py` holds it against the runtimes themselves, cell by cell. A runtime reads all model
 types of `modeling/architectures.py` but those that are named here. No torch is imported.
-Versions: transformers 5.23, GPTQModel 7.7, hqq 0.2.8, mlx-lm 0.32.
+Versions: transformers 5.23, GPTQModel 7.7, hqq 0.2.8, mlx-lm 0.32, llama.cpp by cyllama 0.2.18.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from qexport.modeling.architectures import ARCHITECTURES
 
 PLAIN = "16-bit"  # a model that is not quantized
+GGUF = "gguf"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ SUPPORT: dict[str, dict[str, Gaps]] = {
     "awq": {"gptqmodel": {"gpt2": _CONV1D, "gpt_neox": _AWQ_NEOX, "mixtral": _MIXTRAL}},
     "hqq": {"hqq": {"gpt2": _HQQ_CONV1D, "mixtral": _HQQ_EXPERTS, "qwen3_moe": _HQQ_EXPERTS}},
     "mlx": {"mlx": {"opt": Gap("mlx-lm has no such model")}},
+    GGUF: {"llamacpp": {"opt": Gap("llama.cpp has no such model")}},
 }
 # Formats that nothing on a CPU reads, with what is refused in them.
 UNREAD: dict[str, tuple[str, Gaps]] = {

@@ -36,6 +36,7 @@ RUNTIMES = {
     ),
     "hqq": ("hqq_loader", ("torch", "transformers", "accelerate", "hqq"), ("torch", "transformers", "hqq")),
     "mlx": ("mlx_loader", ("mlx", "mlx_lm"), ("mlx", "mlx-lm")),
+    "llamacpp": ("llamacpp_loader", ("cyllama", "numpy"), ("cyllama",)),
 }
 
 

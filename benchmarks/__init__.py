@@ -1,0 +1,1 @@
+"""Figures for the README, each by the command in its module: `python -m benchmarks.NAME`."""

@@ -1,0 +1,314 @@
+"""GGUF straight from a checkpoint: no 16-bit file in between, one read for all the wanted types."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from qexport.checkpoint.checkpoint import read_json
+from qexport.checkpoint.disk import is_file
+from qexport.checkpoint.finiteness import require_finite
+from qexport.checkpoint.manifest import Recipe
+from qexport.checkpoint.safetensors_file import byte_view
+from qexport.checkpoint.sidecars import sidecars_of
+from qexport.errors import SpecError, first_of
+from qexport.events import Finished, Noted, OnEvent, Started
+from qexport.formats.gguf.container import PlannedTensor, text, u32
+from qexport.formats.gguf.general import file_stem, general
+from qexport.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
+from qexport.formats.gguf.mixes import quantizable
+from qexport.formats.gguf.output import GgufOutput, PlannedModel
+from qexport.formats.gguf.settings import remarks, settings
+from qexport.formats.gguf.tensors import GgufTensor
+from qexport.formats.gguf.tokenizer.vocabulary import Vocabulary, vocabulary
+from qexport.grids.ggml.types import BlockType
+from qexport.measure import Measured
+from qexport.modeling.calibration import CalibrationData, calibration_data, check_calibration
+from qexport.modeling.skeleton import Skeleton
+from qexport.ollama.modelfile import ModelfileResult, SpecialTokens, modelfile
+from qexport.quantization.by_blocks import BlockQuantizer
+from qexport.quantization.gguf_plan import GgufPlan, Variant, is_coded, plan_gguf, tensor_bytes
+from qexport.quantization.gguf_stream import TensorStream, stream_bytes
+from qexport.quantization.importance import gather_importance, layer_inputs
+from qexport.quantization.source import Source
+from qexport.results import GgufFileResult, QuantizeResult, TensorError
+from qexport.specs import AnyQuantizeSpec, CalibrationSpec, ImportanceSpec
+
+_QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
+_LICENCES = ("LICEN", "NOTICE", "COPYING", "USE_POLICY")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An export that is settled: `plan` tells the tensors of the files, which are called by `stem`."""
+
+    source: Source
+    plan: GgufPlan
+    vocabulary: Vocabulary
+    stem: str
+
+
+def prepare_gguf(
+    source: Source,
+    skeleton: Skeleton,
+    spec: AnyQuantizeSpec,
+    *,
+    trust_remote_code: bool = False,
+    on_event: OnEvent,
+) -> Prepared:
+    """All that can be checked, and settled, before a tensor is read. Raises InputError."""
+    checkpoint, config = source.checkpoint, source.checkpoint.config
+    metadata = settings(config)
+    for remark in remarks(config):
+        on_event(Noted(remark))
+    if checkpoint.quantization:
+        found = checkpoint.quantization.get("quant_method")
+        on_event(Noted(f"{checkpoint.path} is quantized already ({found}): what was lost there stays lost"))
+    words = vocabulary(
+        source.path,
+        vocab_size=checkpoint.info(skeleton.bound(checkpoint).embedding_weight).shape[0],
+        pre=spec.pre_tokenizer,
+        trust_remote_code=trust_remote_code,
+        on_event=on_event,
+    )
+    parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
+    described = general(source.path, config, parameters=parameters, name=source.name, base_model=source.base)
+    plan = plan_gguf(checkpoint, skeleton, spec, {**described, **metadata, **words.metadata}, on_event)
+    if isinstance(spec, CalibrationSpec) and getattr(spec, "imatrix", None) is None:
+        check_calibration(spec)
+    stem = file_stem(source.directories[-1] if source.name else source.path, config)
+    return Prepared(source, plan, words, stem)
+
+
+def quantize_gguf(
+    source: Source,
+    skeleton: Skeleton,
+    out: Path,
+    spec: AnyQuantizeSpec,
+    *,
+    recipe: Callable[[], Recipe],
+    overwrite: bool,
+    trust_remote_code: bool,
+    on_event: OnEvent,
+) -> QuantizeResult:
+    """Writes a file for each type. Raises as `quantize` does."""
+    prepared = prepare_gguf(source, skeleton, spec, trust_remote_code=trust_remote_code, on_event=on_event)
+    plan = prepared.plan
+    matrix = _matrix_of(plan)
+    models = [_planned_model(prepared, variant, matrix) for variant in plan.variants]
+    with (
+        Measured() as cost,
+        GgufOutput(
+            out,
+            models,
+            recipe=recipe,
+            sidecars={n: p for n, p in sidecars_of(source.path).items() if n.name.startswith(_LICENCES)},
+            sources=source.directories,
+            overwrite=overwrite,
+        ) as output,
+    ):
+        data = None
+        if isinstance(spec, CalibrationSpec) and matrix is None:
+            require_finite(plan.checkpoint, on_event=on_event)
+            data = calibration_data(
+                source.path, spec, plan.skeleton, trust_remote_code=trust_remote_code, on_event=on_event
+            )
+            output.figures["calibration"] = data.figures()
+        if data is not None and isinstance(spec, ImportanceSpec):
+            layers = layer_inputs(plan.tensors)
+            matrix, data = gather_importance(plan.checkpoint, plan.skeleton, data, layers, on_event), None
+        errors = _write_tensors(plan, output, matrix, data, on_event)
+        _add_modelfiles(prepared, models, output, on_event)
+        files = [_file_result(plan, number, model) for number, model in enumerate(models)]
+        output.figures["files"] = {
+            file.file: {**asdict(file), "tensor_errors": [asdict(error) for error in lost]}
+            for file, lost in zip(files, errors, strict=True)
+        }
+    smallest = min(range(len(files)), key=lambda number: files[number].size_bytes)
+    types = plan.variants[smallest].types
+    return QuantizeResult(
+        path=out,
+        method=spec.method,
+        solver=spec.solver,
+        format=spec.format,
+        bits=spec.bits,
+        quantized_layers=sum(is_coded(kind) for kind in types.values()),
+        layers_left=tuple(
+            name
+            for name, kind in types.items()
+            if quantizable(name, plan.shapes[name]) and not is_coded(kind)
+        ),
+        size_bytes=sum(file.size_bytes for file in files),
+        bits_per_weight=files[smallest].bits_per_weight,
+        layer_bits_per_weight=_coded_bits(plan, types),
+        copies=1,
+        seconds=cost.seconds,
+        peak_bytes=cost.peak_bytes,
+        tensors=tuple(errors[smallest]),
+        files=tuple(files),
+    )
+
+
+def _matrix_of(plan: GgufPlan) -> ImportanceMatrix | None:
+    """The importance matrix that the user has; SpecError when it is not one of this model."""
+    given = getattr(plan.spec, "imatrix", None)
+    if given is None:
+        return None
+    matrix = read_imatrix(Path(given))
+    coded = [t for t in plan.tensors if any(is_coded(variant.types[t.name]) for variant in plan.variants)]
+    known = [t.name for t in coded if matrix.importance(t.name, t.shape[-1], _experts(t)) is not None]
+    if not known:
+        raise SpecError(
+            f"{given} knows none of the tensors that become codes: {first_of([t.name for t in coded], 2)}",
+            expected="an importance matrix that was gathered with this very model",
+        )
+    return matrix
+
+
+def _experts(tensor: GgufTensor) -> int | None:
+    return tensor.shape[0] if len(tensor.shape) == 3 else None
+
+
+def _planned_model(prepared: Prepared, variant: Variant, matrix: ImportanceMatrix | None) -> PlannedModel:
+    plan = prepared.plan
+    metadata = {
+        **plan.metadata,
+        "general.quantization_version": u32(_QUANTIZATION_VERSION),
+        "general.file_type": u32(variant.mix.file_type),
+    }
+    if matrix is not None:  # as llama-quantize tells it
+        metadata["quantize.imatrix.file"] = text(Path(str(getattr(plan.spec, "imatrix", ""))).name)
+        metadata["quantize.imatrix.dataset"] = text(", ".join(matrix.datasets))
+        metadata["quantize.imatrix.entries_count"] = u32(len(matrix.entries))
+        metadata["quantize.imatrix.chunks_count"] = u32(matrix.chunk_count)
+    tensors = [PlannedTensor(name, variant.types[name], shape) for name, shape in plan.shapes.items()]
+    split = plan.spec.max_shard_size if "max_shard_size" in plan.spec.model_fields_set else None
+    return PlannedModel(f"{prepared.stem}-{variant.mix.name.upper()}", metadata, tensors, split)
+
+
+def _write_tensors(
+    plan: GgufPlan,
+    output: GgufOutput,
+    matrix: ImportanceMatrix | None,
+    data: CalibrationData | None,
+    on_event: OnEvent,
+) -> list[list[TensorError]]:
+    """Writes all; what the matrices of each file lost."""
+    for number, variant in enumerate(plan.variants):
+        for name, value in plan.computed.items():
+            output.write_bytes((number, name), 0, byte_view(variant.types[name].encode(value[None])))
+    if data is None:
+        types = {number: variant.types for number, variant in enumerate(plan.variants)}
+        stream = TensorStream(plan.checkpoint, output, types, matrix, on_event)
+        names = ", ".join(variant.mix.name for variant in plan.variants)
+        on_event(Started(f"gguf {names}", stream_bytes(plan.tensors), "bytes"))
+        stream.run(plan.tensors)
+        on_event(Finished())
+        return [stream.errors(number) for number in range(len(plan.variants))]
+    return [_write_calibrated(plan, output, number, data, on_event) for number in range(len(plan.variants))]
+
+
+def _write_calibrated(
+    plan: GgufPlan, output: GgufOutput, number: int, data: CalibrationData, on_event: OnEvent
+) -> list[TensorError]:
+    """One file by a solver that sees activations; what lies outside the blocks, without them."""
+    variant = plan.variants[number]
+    view = plan.in_blocks(variant)
+    held = {part.name: (tensor, part) for tensor in plan.tensors for part in tensor.parts}
+
+    def write(name: str, values: torch.Tensor) -> None:
+        tensor, part = held[name]
+        kind = variant.types[tensor.name]
+        if name in view.weights:
+            order = tensor.row_order()
+            blocks = values if order is None else values[order]
+        else:  # a norm that AWQ's scales went into
+            blocks = kind.encode(_arranged(tensor, values).reshape(-1, tensor.shape[-1]))
+        begin = (part.expert or 0) * blocks.numel()
+        output.write_bytes((number, tensor.name), begin, byte_view(blocks.contiguous()))
+
+    on_event(Started(f"gguf {variant.mix.name}", len(view.grids), "layers"))
+    blocks = BlockQuantizer(view, data, write, on_event)
+    blocks.run()
+    on_event(Finished())
+    done = view.weights | blocks.rewritten
+    rest = [tensor for tensor in plan.tensors if not any(part.name in done for part in tensor.parts)]
+    stream = TensorStream(plan.checkpoint, output, {number: variant.types}, None, on_event)
+    on_event(Started("the rest", stream_bytes(rest), "bytes"))
+    stream.run(rest)
+    on_event(Finished())
+    return [*blocks.errors, *stream.errors(number)]
+
+
+def _arranged(tensor: GgufTensor, values: torch.Tensor) -> torch.Tensor:
+    """Values as they lie on disk, as the file has them, fp32."""
+    order = tensor.row_order()
+    rows = values.float().t() if tensor.transposed else values.float()
+    rows = rows if order is None else rows[order]
+    return rows + 1 if tensor.plus_one else rows
+
+
+def _add_modelfiles(
+    prepared: Prepared, models: Sequence[PlannedModel], output: GgufOutput, on_event: OnEvent
+) -> None:
+    """A Modelfile for each model; their notes are told once."""
+    told: set[str] = set()
+    for model in models:
+        made = _modelfile(prepared, [file.name for file in model.files()])
+        output.add_text("Modelfile" if len(models) == 1 else f"Modelfile.{model.stem}", made.text)
+        for note in made.notes:
+            if note not in told:
+                on_event(Noted(f"Modelfile: {note}"))
+            told.add(note)
+
+
+def _modelfile(prepared: Prepared, files: Sequence[str]) -> ModelfileResult:
+    words, metadata, source = prepared.vocabulary, prepared.plan.metadata, prepared.source
+    special = words.special
+    generation = source.path / "generation_config.json"
+    config = read_json(generation) if is_file(generation) else {}
+    eos = config.get("eos_token_id")
+    ends = [special.turn_end, special.message_end, *(eos if isinstance(eos, list) else [eos])]
+
+    def said(token: object) -> str:
+        return words.tokens[token] if isinstance(token, int) and 0 <= token < len(words.tokens) else ""
+
+    licences = [path for name, path in sidecars_of(source.path).items() if name.name.startswith(_LICENCES[0])]
+    return modelfile(
+        files,
+        words.chat_template,
+        SpecialTokens(
+            bos=said(special.bos),
+            eos=said(special.eos),
+            ends=tuple(dict.fromkeys(said(token) for token in ends if token != special.eos and said(token))),
+            adds_bos=special.adds_bos,
+            others={"pad_token": said(special.padding), "unk_token": said(special.unknown)},
+        ),
+        config,
+        context_length=int(metadata[f"{metadata['general.architecture'].value}.context_length"].value),
+        license_text=licences[0].read_text(encoding="utf-8", errors="replace") if licences else None,
+    )
+
+
+def _file_result(plan: GgufPlan, number: int, model: PlannedModel) -> GgufFileResult:
+    parameters = sum(plan.checkpoint.info(name).numel for name in plan.checkpoint.names())
+    kinds = Counter(tensor.type.name for tensor in model.tensors)
+    return GgufFileResult(
+        model.files()[0].name,
+        plan.variants[number].mix.name,
+        model.size,
+        round(8 * model.size / parameters, 4),
+        dict(kinds.most_common()),
+    )
+
+
+def _coded_bits(plan: GgufPlan, types: Mapping[str, BlockType]) -> float:
+    coded = [name for name, kind in types.items() if is_coded(kind)]
+    weights = sum(math.prod(plan.shapes[name]) for name in coded)
+    size = sum(tensor_bytes(types[name], plan.shapes[name]) for name in coded)
+    return round(8 * size / weights, 4) if weights else 0.0

@@ -1,0 +1,49 @@
+"""The verb `imatrix`: what each input of a model's layers weighs on a text, as one file for llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qexport.checkpoint.finiteness import require_finite
+from qexport.checkpoint.hub import resolve
+from qexport.errors import OutputExistsError
+from qexport.events import OnEvent, ignore
+from qexport.formats.gguf.imatrix import ImportanceMatrix, write_imatrix
+from qexport.formats.gguf.tensors import gguf_tensors
+from qexport.formats.opening import open_checkpoint
+from qexport.modeling.calibration import calibration_data, check_calibration
+from qexport.modeling.skeleton import build_skeleton
+from qexport.quantization.importance import gather_importance, layer_inputs
+from qexport.specs import CalibrationSpec
+
+
+def make_imatrix(
+    source: str | Path,
+    out: str | Path,
+    spec: CalibrationSpec | None = None,
+    *,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    on_event: OnEvent = ignore,
+) -> ImportanceMatrix:
+    """Gathers the importance matrix of `source` and writes it to `out`: llama.cpp's GGUF form, or for a name
+    that ends with .dat its older one. One block of the model is in memory at a time.
+
+    Raises InputError, NonFiniteError, OutputExistsError, StorageError.
+    """
+    spec, out = spec or CalibrationSpec(), Path(out)
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise OutputExistsError(
+            f"{out} is " + ("a directory" if out.is_dir() else "there already"),
+            remedy="choose another name with -o" + ("" if out.is_dir() else ", or add --overwrite"),
+        )
+    check_calibration(spec)
+    path = resolve(source)
+    checkpoint = open_checkpoint(path)
+    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    layers = layer_inputs(gguf_tensors(checkpoint, skeleton))
+    require_finite(checkpoint, on_event=on_event)
+    data = calibration_data(path, spec, skeleton, trust_remote_code=trust_remote_code, on_event=on_event)
+    matrix = gather_importance(checkpoint, skeleton, data, layers, on_event)
+    write_imatrix(matrix, out)
+    return matrix
