@@ -175,14 +175,14 @@ def test_importance_moves_the_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_encodes_its_own_values_again(name: str) -> None:
-    """What is on a grid stays nearly there: a thirtieth of the first loss at most.
+    """What is on a grid stays nearly there: a twentieth of the first loss at most.
 
     Not the same bytes: another grid may hold the same values, and the search may find one that is as near.
     """
     kind = block_type(name)
     weight = normal()
     once = kind.decode(kind.encode(weight))
-    assert error(once, kind.decode(kind.encode(once))) < 0.03 * error(weight, once)
+    assert error(once, kind.decode(kind.encode(once))) < 0.05 * error(weight, once)
 
 
 @pytest.mark.parametrize("weighed", [False, True], ids=["plain", "importance"])
@@ -198,7 +198,7 @@ def test_fit_round_and_pack_are_the_encoder(name: str, weighed: bool) -> None:
     assert step.shape == origin.shape == (7, 768 // affine.width)
     assert (step >= 0).all() or name in ("q3_k", "q6_k")
     codes, values = affine.round(weight.view(7, -1, affine.width), step[..., None], origin[..., None])
-    assert codes.unique().numel() == 2**affine.bits
+    assert len(torch.unique(codes)) == 2**affine.bits
     blocks = kind.encode(weight, h)
     assert torch.equal(affine.pack(codes.view(7, 768), scales), blocks)
     assert torch.equal(values.view(7, 768), gguf_decode(name, blocks))
@@ -247,7 +247,9 @@ def test_edges(name: str) -> None:
     assert (found - outlier).abs().max() < 8
     # below fp16's least number nothing but zeros are left; near it, no more than its steps are lost
     assert not coded(torch.full((256,), 1e-42)).any()
-    assert not coded(normal(1, 256)[0] * 1e-30).any()
+    for tiny in (1e-15, 1e-18, 1e-30):
+        beside = torch.cat((normal(1, 4096)[0], normal(1, 512)[0] * tiny))  # nothing is left over from others
+        assert not coded(beside)[4096:].any()
     small = normal(1, 256)[0] * 1e-4
     assert (coded(small) - small).abs().max() < 4e-6
     huge = normal(1, 256)[0] * 1e38

@@ -1,6 +1,6 @@
 """K-quants' bytes: super-blocks of 256 weights to codes and scales, and back.
 
-w = d level q - dmin minlevel for q2_k, q4_k and q5_k; w = d level q, of signed q and level, for q3_k and q6_k.
+w = d level q - dmin minlevel for q2_k, q4_k and q5_k; w = d level q, both signed, for q3_k and q6_k.
 A level is a sub-block's, d and dmin are the super-block's, fp16. Bytes are those of ggml-common.h:
 
     q2_k   level | minlevel << 4 [16], codes of 2 bits [64], d, dmin
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from qexport.errors import SpecError
+from qexport.grids.ggml.blocks import kernels
 
 SUPER = 256
 
@@ -54,7 +55,7 @@ def pack_q2_k(codes: torch.Tensor, scales: KScales) -> torch.Tensor:
 
 def unpack_q2_k(blocks: torch.Tensor) -> tuple[torch.Tensor, KScales]:
     """The codes and scales of blocks uint8 [blocks, 84]."""
-    levels, codes, d, dmin = blocks.split((16, 64, 2, 2), dim=1)
+    levels, codes, d, dmin = _cut(blocks, (16, 64, 2, 2))
     scales = KScales(_floats(d), _signed(levels & 15), _floats(dmin), _signed(levels >> 4))
     return _split(codes.reshape(-1, 2, 32), 2), scales
 
@@ -77,7 +78,7 @@ def pack_q3_k(codes: torch.Tensor, scales: KScales) -> torch.Tensor:
 
 def unpack_q3_k(blocks: torch.Tensor) -> tuple[torch.Tensor, KScales]:
     """The codes and scales of blocks uint8 [blocks, 110]."""
-    high, low, levels, higher, d = blocks.split((32, 64, 8, 4, 2), dim=1)
+    high, low, levels, higher, d = _cut(blocks, (32, 64, 8, 4, 2))
     codes = _split(low.reshape(-1, 2, 32), 2) | (_split(high.reshape(-1, 1, 32), 1) << 2)
     joined = _split(levels.reshape(-1, 1, 8), 4) | (_split(higher.reshape(-1, 1, 4), 2) << 4)
     return codes, KScales(_floats(d), _signed(joined) - 32)
@@ -90,7 +91,7 @@ def pack_q4_k(codes: torch.Tensor, scales: KScales) -> torch.Tensor:
 
 def unpack_q4_k(blocks: torch.Tensor) -> tuple[torch.Tensor, KScales]:
     """The codes and scales of blocks uint8 [blocks, 144]."""
-    head, codes = blocks.split((16, 128), dim=1)
+    head, codes = _cut(blocks, (16, 128))
     return _split(codes.reshape(-1, 4, 32), 4), _head_scales(head)
 
 
@@ -102,7 +103,7 @@ def pack_q5_k(codes: torch.Tensor, scales: KScales) -> torch.Tensor:
 
 def unpack_q5_k(blocks: torch.Tensor) -> tuple[torch.Tensor, KScales]:
     """The codes and scales of blocks uint8 [blocks, 176]."""
-    head, high, low = blocks.split((16, 32, 128), dim=1)
+    head, high, low = _cut(blocks, (16, 32, 128))
     codes = _split(low.reshape(-1, 4, 32), 4) | (_split(high.reshape(-1, 1, 32), 1) << 4)
     return codes, _head_scales(head)
 
@@ -122,7 +123,7 @@ def pack_q6_k(codes: torch.Tensor, scales: KScales) -> torch.Tensor:
 
 def unpack_q6_k(blocks: torch.Tensor) -> tuple[torch.Tensor, KScales]:
     """The codes and scales of blocks uint8 [blocks, 210]."""
-    low, high, levels, d = blocks.split((128, 64, 16, 2), dim=1)
+    low, high, levels, d = _cut(blocks, (128, 64, 16, 2))
     codes = _split(low.reshape(-1, 2, 64), 4) | (_split(high.reshape(-1, 2, 32), 2) << 4)
     return codes, KScales(_floats(d), _signed(levels))
 
@@ -141,7 +142,7 @@ def _head(scales: KScales) -> torch.Tensor:
 
 
 def _head_scales(head: torch.Tensor) -> KScales:
-    d, dmin, first, second, third = head.split((2, 2, 4, 4, 4), dim=1)
+    d, dmin, first, second, third = _cut(head, (2, 2, 4, 4, 4))
     levels = torch.cat((first & 63, (third & 15) | (first >> 6 << 4)), dim=1)
     minlevels = torch.cat((second & 63, (third >> 4) | (second >> 6 << 4)), dim=1)
     return KScales(_floats(d), _signed(levels), _floats(dmin), _signed(minlevels))
@@ -153,10 +154,8 @@ def _join(codes: torch.Tensor, shift: int, bits: int, width: int = 32) -> torch.
     Of 8 // bits runs of `width` codes, the first lies in the lowest bits of `width` bytes, the next above it;
     then the same with the runs that follow. `_split` is the way back.
     """
-    from qexport.grids.ggml import k_search  # here, for it needs numba, and reading does not
-
     packed = torch.empty(len(codes), SUPER * bits // 8, dtype=torch.uint8)
-    k_search.join(
+    kernels("k_search").join(
         codes.numpy().view("u8"),
         np.uint64(shift),
         bits,
@@ -171,7 +170,8 @@ def _split(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """Bytes [blocks, parts, n] -> their fields [blocks, parts * (8 // bits) * n], the lowest first."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
     fields = (packed[:, :, None] >> shifts[:, None]) & (2**bits - 1)
-    return fields.flatten(1)
+    joined: torch.Tensor = fields.flatten(1)
+    return joined
 
 
 def _bytes(levels: torch.Tensor) -> torch.Tensor:
@@ -188,6 +188,10 @@ def _halves(steps: torch.Tensor) -> torch.Tensor:
 
 def _floats(packed: torch.Tensor) -> torch.Tensor:
     return _fresh(packed).view(torch.float16)
+
+
+def _cut(blocks: torch.Tensor, sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+    return torch.split(blocks, list(sizes), dim=1)
 
 
 def _fresh(part: torch.Tensor) -> torch.Tensor:

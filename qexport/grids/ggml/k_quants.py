@@ -1,12 +1,12 @@
 """K-quants: q2_k to q6_k, super-blocks of 256 weights whose sub-blocks' scales are quantized too.
 
-Layouts and decoding are ggml's (`k_layout`); the search for scales is our own (`k_search`). It looks for the least
-squared error, weighted by the importance of inputs where that is given, among far more scales than ggml tries, and
-chooses them as they are stored: with quantized levels and fp16 steps.
+Layouts and decoding are ggml's (`k_layout`); the search for scales is our own (`k_search`). It looks for the
+least squared error, weighted by the importance of inputs where that is given, and chooses scales as they are
+stored: with quantized levels and fp16 steps.
 
 Large weights may count for more. ggml's own weights of errors are |x| (q2_k), x^2 (q3_k, q6_k) or rms + |x|
-(q4_k, q5_k), times the importance sqrt(rms^2 + x^2); ours are 1 + bend x^2 / rms^2. `bend` is chosen such that
-plain and ggml's kind of errors both come out below ggml's.
+(q4_k, q5_k), or with importance h, h sqrt(rms^2 + x^2); ours are h (1 + bend x^2 / rms^2). `bend` is chosen
+such that plain and ggml's kind of errors both come out below ggml's.
 """
 
 from __future__ import annotations
@@ -18,39 +18,44 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from qexport.errors import MissingDependencyError, SpecError
+from qexport.errors import SpecError
 from qexport.grids.ggml import k_layout
+from qexport.grids.ggml.blocks import kernels, reciprocal
 from qexport.grids.ggml.k_layout import SUPER, KScales
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     from qexport.grids.ggml.types import Affine, Decoder, Encoder
 
-_PIECE = 1 << 19  # weights that are encoded at once: little more than a core's cache holds
-# Importances that are further apart in a sub-block than this say no more, and float32 sums would lose the small.
+_PIECE = 1 << 19  # weights that are encoded at once: their codes stay in a core's cache
+# Importances further apart in a sub-block than this say no more, and float32 sums would lose the small.
 _APART = 1e-4
 _UNIMPORTANT = 1e-6  # of the mean: what an importance of zero is taken for
 
-# Where the search starts: which scale and offset give a sub-block its first codes. The tables were chosen greedily
-# from a fine lattice, each row as the one that lowers the error most after those above it (summed over normal,
-# heavy-tailed and trained weights, with and without importance). For types with minima: steps in the range of a
-# sub-block, and the code of its middle, from half of all codes on; for others, the code that the weight of
-# largest size would have.
+# Where the search starts: what gives a sub-block its first codes. Chosen greedily from a fine lattice, each
+# as the one that lowers the error most after those before it, summed over normal, heavy-tailed and trained
+# weights, with and without importance. For types with minima: how many steps more than its codes have a
+# sub-block's range is taken for, and how far its middle lies off the codes' middle; for others, the code of
+# the weight of largest size.
 _Starts = tuple[tuple[float, ...], ...]
 _STARTS_2: _Starts = (
-    *((3.8, -0.5), (3.8, -0.2), (3.8, -0.8), (4.0, 0.0), (4.2, -1.0), (3.2, -0.5), (5.0, -0.4), (2.4, 0.0)),
-    *((3.2, -0.7), (5.0, 0.0), (3.2, -0.3), (5.0, -0.7), (5.0, -1.0), (3.4, -1.0), (3.4, 0.0), (3.8, -0.4)),
+    *((0.8, 0.0), (1.0, 0.4), (0.8, -0.3), (0.8, 0.2), (1.2, -0.5), (0.0, -0.1), (2.6, 0.5)),
+    *((-0.6, 0.5), (2.4, -0.2), (-0.2, 0.2), (0.8, 0.5), (3.0, -0.5), (0.8, -0.1), (0.6, -0.5)),
+    *((3.2, 0.1), (0.2, 0.1), (1.4, 0.5), (0.2, -0.3), (2.0, -0.5), (1.6, 0.1), (0.4, 0.5)),
+    *((3.6, -0.5), (0.6, 0.3), (3.6, 0.5)),
 )
 _STARTS_4: _Starts = (
-    *((15.4, -0.5), (15.4, -0.9), (15.4, -0.2), (14.2, 0.0), (15.4, -0.7), (16.6, 0.0), (13.2, -0.5)),
-    *((17.0, -0.5), (14.8, -0.4), (17.0, -1.0), (14.0, -0.8), (14.0, -0.2), (15.6, -0.4), (14.8, -0.6)),
-    *((16.8, -0.2), (17.0, -0.7)),
+    *((0.4, 0.0), (0.4, 0.4), (0.4, -0.3), (-0.8, 0.5), (0.4, 0.2), (1.6, -0.5), (-1.8, 0.0)),
+    *((2.0, 0.0), (-0.2, -0.1), (2.0, 0.5), (-1.0, 0.3), (-0.8, -0.3), (0.8, -0.1), (-3.0, -0.5)),
+    *((-0.2, 0.1), (3.0, -0.5), (0.6, -0.5), (1.2, 0.5), (1.4, 0.2), (0.4, -0.2), (3.0, 0.1)),
+    *((-0.2, 0.3), (2.0, -0.2), (-2.0, -0.2), (-2.0, 0.2), (3.0, 0.5), (0.4, 0.1), (-1.4, -0.5)),
+    *((-0.2, -0.3), (1.0, -0.3), (0.4, 0.3), (3.0, -0.2)),
 )
 _STARTS_5: _Starts = (
-    *((31.2, -0.5), (30.4, 0.0), (31.4, -0.8), (31.4, -0.2), (29.0, -0.5), (30.0, -0.2), (30.0, -0.8)),
-    *((32.4, -1.0), (32.0, -0.5), (29.0, 0.0), (30.8, -0.7), (31.0, -0.4), (32.2, 0.0), (29.0, -0.3)),
-    *((29.0, -0.7), (33.0, -0.3)),
+    *((0.2, 0.0), (-0.6, 0.5), (0.4, 0.3), (0.4, -0.3), (-1.8, 0.0), (-2.8, -0.5), (-1.0, 0.3)),
+    *((-1.0, -0.3), (1.4, -0.5), (1.0, 0.0), (-2.2, -0.2), (-0.2, -0.1), (-2.0, 0.2), (1.2, 0.5)),
+    *((0.0, 0.1), (-3.0, 0.3), (2.4, 0.1), (-1.2, -0.5), (-3.0, -0.3), (2.6, 0.5), (0.2, -0.2)),
+    *((1.6, -0.2), (0.0, 0.2), (0.4, -0.5), (1.2, 0.2), (3.0, -0.1), (-3.0, 0.1), (3.0, -0.5)),
+    *((0.2, 0.4), (-1.8, -0.1), (-0.8, -0.4), (-0.6, 0.0)),
 )
 _STARTS_3: _Starts = ((-4.2,), (-5.4,), (-3.2,), (5.0,), (-6.5,), (-3.8,), (-4.6,), (4.3,))
 _STARTS_6: _Starts = ((-32.0,), (-30.0,), (-31.0,), (-33.1,), (-34.5,), (29.5,), (-32.4,), (-31.7,))
@@ -61,7 +66,7 @@ _LINE = ((0.0,), (1.0,), (-1.0,))
 
 @dataclass(frozen=True)
 class KQuant:
-    """A K-quant as a set of lines (`Affine`): blocks of `size` bytes, `width` weights a sub-block, codes of `bits`.
+    """A K-quant as a set of lines (`Affine`): blocks of `size` bytes, sub-blocks of `width` weights.
 
     Codes are 0 and more where there are `minima`, else signed. Levels go to `top` (signed ones from -top to
     top - 1). `tries` are the multiples of d that the largest scale of a super-block may become.
@@ -74,8 +79,9 @@ class KQuant:
     minima: bool
     top: int
     starts: _Starts
+    tried: tuple[int, int]  # starts tried: without importance, with it
     tries: tuple[float, ...]
-    rounds: tuple[int, int]  # without importance, with it
+    rounds: tuple[int, int]
     bends: tuple[float, float]
     packer: Callable[[torch.Tensor, KScales], torch.Tensor]
     unpacker: Callable[[torch.Tensor], tuple[torch.Tensor, KScales]]
@@ -95,34 +101,14 @@ class KQuant:
 
         Raises SpecError for rows that are no whole super-blocks, or an importance that does not fit.
         """
-        rows, inputs = _checked(weight)
-        search = _search()
-        plain = weight.detach().to("cpu", torch.float32).contiguous()
-        errors = self._errors(importance, inputs).numpy()
-        steps = torch.zeros(2, rows * (inputs // SUPER))
-        levels = torch.zeros(2, rows * (inputs // self.width))
-        kernel = search.affine if self.minima else search.symmetric
-        single = np.float32
-        kernel(
-            plain.view(-1, self.width).numpy(),
-            errors,
-            single(self.bends[importance is not None]),
-            search.LANES * self.width // SUPER,
-            single(self.zero),
-            single(self.top),
-            np.array(self.starts, single),
-            np.array(self.tries, single),
-            np.array(_CROSS if self.minima else _LINE, single),
-            self.rounds[importance is not None],
-            steps.numpy(),
-            levels.numpy(),
-        )
-        d, dmin = steps.half().view(2, rows, -1).to(weight.device)
-        level, minlevel = levels.to(torch.int8).view(2, rows, -1).to(weight.device)
-        return KScales(d, level, dmin, minlevel) if self.minima else KScales(d, level)
+        errors = self._errors(importance, _checked(weight)[1])
+        return self._search(weight, errors, importance is not None, torch.empty(0, self.width).byte())
 
     def lines(self, scales: object) -> tuple[torch.Tensor, torch.Tensor]:
-        """Step and origin, fp32 [rows, sub-blocks], as they decode. Steps may be 0, or negative without minima."""
+        """Step and origin, fp32 [rows, sub-blocks], as they decode.
+
+        Steps may be 0, and without minima negative.
+        """
         scales = _scales(scales)
         step = _times(scales.d, scales.levels)
         if scales.dmin is None or scales.minlevels is None:
@@ -133,24 +119,16 @@ class KQuant:
         self, values: torch.Tensor, step: torch.Tensor, origin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The nearest codes, int8, and what they stand for, fp32; elementwise."""
-        codes = (values - origin).mul_(_inverse(step)).round_()
+        codes = (values - origin).mul_(reciprocal(step)).round_()
         codes.clamp_(self.lowest, self.lowest + 2**self.bits - 1)
         return codes.to(torch.int8), codes.mul_(step).add_(origin)
 
     def pack(self, codes: torch.Tensor, scales: object) -> torch.Tensor:
-        """Blocks uint8 [rows, bytes] of codes [rows, in], whole numbers as `round` gives them."""
-        scales = _scales(scales)
-        rows = len(codes)
-        raw = codes.to(torch.int8).reshape(-1, SUPER)
+        """Blocks uint8 [rows, bytes], on a CPU, of codes [rows, in], whole numbers as `round` gives them."""
+        raw = codes.to("cpu", torch.int8)
         if not self.minima:
             raw = raw + self.zero
-        blocks = KScales(
-            *(
-                None if part is None else part.reshape(len(raw), -1)
-                for part in (scales.d, scales.levels, scales.dmin, scales.minlevels)
-            )  # type: ignore[arg-type]
-        )
-        return self.packer(raw.contiguous().view(torch.uint8), blocks).view(rows, -1)
+        return self._assemble(raw.contiguous().view(torch.uint8), _scales(scales))
 
     def encode(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Blocks uint8 [rows, bytes] of fp32 [rows, in]: `fit`, `round`, `pack`.
@@ -158,23 +136,15 @@ class KQuant:
         Raises SpecError for rows that are no whole super-blocks, or an importance that does not fit.
         """
         rows, inputs = _checked(weight)
-        search = _search()
-        piece = max(1, _PIECE // inputs)
+        errors = self._errors(importance, inputs)
         packed = torch.empty(rows, inputs // SUPER * self.size, dtype=torch.uint8)
+        piece = max(1, _PIECE // inputs)
+        codes = torch.empty(min(rows, piece), inputs, dtype=torch.uint8)
         for first in range(0, rows, piece):
-            part = weight[first : first + piece].detach().to("cpu", torch.float32).contiguous()
-            scales = self.fit(part, importance)
-            step, origin = (line.reshape(-1) for line in self.lines(scales))
-            codes = torch.empty(part.shape, dtype=torch.int8)
-            search.codes(
-                part.view(-1, self.width).numpy(),
-                _inverse(step).numpy(),
-                origin.numpy(),
-                np.float32(self.lowest),
-                np.float32(self.lowest + 2**self.bits - 1),
-                codes.view(-1, self.width).numpy(),
-            )
-            packed[first : first + piece] = self.pack(codes, scales)
+            part = weight[first : first + piece]
+            raw = codes[: len(part)]
+            scales = self._search(part, errors, importance is not None, raw)
+            packed[first : first + piece] = self._assemble(raw, scales)
         return packed.to(weight.device)
 
     def decode(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -188,8 +158,52 @@ class KQuant:
             values.add_(origin[..., None])
         return values.view(rows, -1)
 
+    def _search(
+        self, weight: torch.Tensor, errors: torch.Tensor, weighed: bool, codes: torch.Tensor
+    ) -> KScales:
+        """The scales of a weight; its codes from 0 on go into `codes`, uint8 [rows, in] or empty."""
+        rows, inputs = weight.shape
+        found = kernels("k_search")
+        plain = weight.detach().to("cpu", torch.float32).contiguous()
+        steps = torch.zeros(2, rows * (inputs // SUPER))
+        levels = torch.zeros(2, rows * (inputs // self.width))
+        single = np.float32
+        starts = np.array(self.starts[: self.tried[weighed]], single)
+        if self.minima:
+            starts += np.array((2 * self.zero - 1, -0.5), single)
+        search = found.affine if self.minima else found.symmetric
+        search(
+            plain.view(-1, self.width).numpy(),
+            errors.numpy(),
+            single(self.bends[weighed]),
+            found.LANES * self.width // SUPER,
+            single(self.zero),
+            single(self.top),
+            starts,
+            np.array(self.tries, single),
+            np.array(_CROSS if self.minima else _LINE, single),
+            self.rounds[weighed],
+            steps.numpy(),
+            levels.numpy(),
+            codes.view(-1, self.width).numpy(),
+        )
+        d, dmin = steps.half().view(2, rows, -1).to(weight.device)
+        level, minlevel = levels.to(torch.int8).view(2, rows, -1).to(weight.device)
+        return KScales(d, level, dmin, minlevel) if self.minima else KScales(d, level)
+
+    def _assemble(self, codes: torch.Tensor, scales: KScales) -> torch.Tensor:
+        """Blocks uint8 [rows, bytes] of codes from 0 on, uint8 [rows, in]."""
+        rows, blocks = scales.d.shape
+
+        def flat(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else part.cpu().reshape(rows * blocks, -1)
+
+        d, levels = scales.d.cpu().reshape(-1, 1), scales.levels.cpu().reshape(rows * blocks, -1)
+        flat_scales = KScales(d, levels, flat(scales.dmin), flat(scales.minlevels))
+        return self.packer(codes.view(-1, SUPER), flat_scales).view(rows, -1)
+
     def _errors(self, importance: torch.Tensor | None, inputs: int) -> torch.Tensor:
-        """Weights of errors as the search takes them: [width, sub-blocks of a row], all above zero, or none."""
+        """Weights of errors for the search: [width, sub-blocks of a row], above zero, or [width, 0]."""
         if importance is None:
             return torch.ones(self.width, 0)
         if importance.shape != (inputs,):
@@ -217,18 +231,6 @@ def _checked(weight: torch.Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _search() -> ModuleType:
-    """The compiled search, which needs numba; reading does not."""
-    try:
-        from qexport.grids.ggml import k_search
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(
-            f"encoding K-quants needs {error.name}, which is not installed",
-            remedy="pip install 'qexport[gguf]'",
-        ) from error
-    return k_search
-
-
 def _scales(scales: object) -> KScales:
     if not isinstance(scales, KScales):
         raise SpecError(f"scales of {type(scales).__name__}", expected="those that fit() of a K-quant gave")
@@ -241,59 +243,24 @@ def _times(step: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     return (step.float()[..., None] * levels.view(rows, blocks, -1).float()).view(rows, -1)
 
 
-def _inverse(step: torch.Tensor) -> torch.Tensor:
-    """1 / step; 0 for 0, so that a line of one point has the code 0."""
-    return torch.where(step == 0, torch.zeros_like(step), step.reciprocal())
-
-
 _Q2_K = KQuant(
-    "q2_k",
-    84,
-    16,
-    2,
-    True,
-    15,
-    _STARTS_2,
-    (15.0,),
-    (2, 2),
-    (0.2, 0.02),
-    k_layout.pack_q2_k,
-    k_layout.unpack_q2_k,
+    *("q2_k", 84, 16, 2, True, 15, _STARTS_2, (16, 24), (15.0,), (2, 2), (0.25, 0.1)),
+    *(k_layout.pack_q2_k, k_layout.unpack_q2_k),
 )
 _Q3_K = KQuant(
-    *("q3_k", 110, 16, 3, False, 32, _STARTS_3, (-32.0,), (1, 2), (0.3, 0.05)),
+    *("q3_k", 110, 16, 3, False, 32, _STARTS_3, (7, 8), (-32.0,), (1, 2), (0.3, 0.1)),
     *(k_layout.pack_q3_k, k_layout.unpack_q3_k),
 )
 _Q4_K = KQuant(
-    "q4_k",
-    144,
-    32,
-    4,
-    True,
-    63,
-    _STARTS_4,
-    (63.0,),
-    (2, 2),
-    (0.02, 0.02),
-    k_layout.pack_q4_k,
-    k_layout.unpack_q4_k,
+    *("q4_k", 144, 32, 4, True, 63, _STARTS_4, (20, 32), (63.0,), (2, 2), (0.05, 0.05)),
+    *(k_layout.pack_q4_k, k_layout.unpack_q4_k),
 )
 _Q5_K = KQuant(
-    "q5_k",
-    176,
-    32,
-    5,
-    True,
-    63,
-    _STARTS_5,
-    (63.0,),
-    (2, 2),
-    (0.02, 0.02),
-    k_layout.pack_q5_k,
-    k_layout.unpack_q5_k,
+    *("q5_k", 176, 32, 5, True, 63, _STARTS_5, (20, 32), (63.0,), (2, 2), (0.05, 0.05)),
+    *(k_layout.pack_q5_k, k_layout.unpack_q5_k),
 )
 _Q6_K = KQuant(
-    *("q6_k", 210, 16, 6, False, 128, _STARTS_6, (-128.0, -127.5, -127.0), (2, 2), (0.2, 0.02)),
+    *("q6_k", 210, 16, 6, False, 128, _STARTS_6, (8, 8), (-128.0, -127.5, -127.0), (2, 2), (0.2, 0.05)),
     *(k_layout.pack_q6_k, k_layout.unpack_q6_k),
 )
 _ALL = (_Q2_K, _Q3_K, _Q4_K, _Q5_K, _Q6_K)

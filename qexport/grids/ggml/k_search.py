@@ -6,8 +6,8 @@ sub-blocks in SIMD lanes: no branches, no sums across lanes. What is known of ea
 
 The search, for w = s q - m (m >= 0) and, with m = 0 and signed codes q, for w = s q:
 
-1. Codes by some scales and offsets (tables of k_quants.py) of each sub-block; for each the least-squares s and m
-   of those codes; the pair with the least error, and the codes by that pair once more.
+1. Codes of each sub-block by some scales and offsets (tables of k_quants.py); for each the least-squares s
+   and m of those codes; the pair with the least error, and the codes by that pair once more.
 2. The super-block's d (and dmin), from a few, such that s and m as multiples of them cost the least while the
    codes stay.
 3. The nearest multiples and their neighbours, with the codes and errors that they really give, against d
@@ -15,8 +15,10 @@ The search, for w = s q - m (m >= 0) and, with m = 0 and signed codes q, for w =
 
 Errors follow from sums over a sub-block, E = sum o (y - s q - b)^2 = Syy - 2 s Syq - 2 b Sy + s^2 Sqq
 + 2 s b Sq + b^2 So, where o are the weights of errors, and y the weights with the middle of their range
-taken off: float32 is enough then. Of a loop, reassociation is the one thing left out of `fastmath`: the error
-terms and fp16 rounding need their order.
+taken off: float32 is enough then. Kernels do without reassociation, which would undo the rounding to fp16;
+those that sum over a super-block have it.
+
+It is all in one file: numba compiles a file's kernels anew when that file changes, and not when another does.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from numpy.typing import NDArray
 
 LANES = 64
 Floats = NDArray[np.float32]
-Codes = NDArray[np.int8]
+Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
@@ -51,7 +53,7 @@ _KSCALE, _KSHIFT, _KLEVEL, _KMINLEVEL, _KERROR = range(17 * LANES, 22 * LANES, L
 # Of the super-block, the same in all of its lanes; and the best round.
 _D, _DMIN, _STEP, _LIMIT, _TOTAL = range(22 * LANES, 27 * LANES, LANES)
 _BESTD, _BESTDMIN, _BESTLEVEL, _BESTMINLEVEL, _BESTTOTAL = range(27 * LANES, 32 * LANES, LANES)
-# The scale that is best for the codes, stored or not; the minimum that is best for them is SLOPE scale - BASE.
+# The scale that is best for the codes, stored or not; the best minimum for them is SLOPE scale - BASE.
 _FREE, _SLOPE, _BASE = range(32 * LANES, 35 * LANES, LANES)
 _ROWS = 35
 
@@ -60,7 +62,7 @@ _INFINITE = np.float32(np.inf)
 _LEAST = np.float32(2.0**-24)  # fp16's least number
 _LEAST_NORMAL = np.float32(2.0**-14)
 _MOST = np.float32(65504)
-_SMALLEST = np.float32(1e-30)  # scales below it have no finite inverse to speak of
+_SMALLEST = np.float32(1e-30)  # numbers below it have no inverse to speak of
 _REACH = np.float32(65504 * 128 * 32)  # no K-quant reaches further: squares beyond it are of no use
 
 
@@ -157,8 +159,9 @@ def _load(
 ) -> None:
     """Sub-blocks from `first` on, in columns, with the weights of their errors; zeros after the last.
 
-    x [sub-blocks, width]; importance [width, sub-blocks of a row], or [width, 0] for none. `bend` lets the weights of errors rise with
-    the size of a weight: o = importance (1 + bend |x| / its super-block's root mean square).
+    x [sub-blocks, width]; importance [width, sub-blocks of a row], or [width, 0] for none.
+    `bend` lets the weights of errors rise with weights: o = importance (1 + bend x^2 / mean square of its
+    super-block).
     """
     width, count = x.shape[1], min(LANES, len(x) - first)
     for k in range(0, count, 8):  # every width has super-blocks of 8 sub-blocks or 16
@@ -188,7 +191,7 @@ def _load(
     each = bend * np.float32(LANES // blocks * width)
     for k in range(LANES):
         total = work[_TOTAL + k]
-        work[_ERROR + k] = each / total if total > _ZERO else _ZERO
+        work[_ERROR + k] = each / total if total >= _SMALLEST else _ZERO
     for i in range(width):
         for k in range(LANES):
             o[i, k] = _ONE + work[_ERROR + k] * y[i, k] * y[i, k]
@@ -316,7 +319,7 @@ def _try_steps(
         _to_half(work, _STEP)
         for k in range(LANES):
             limit, step = work[_LIMIT + k], work[_STEP + k]
-            # fp16's least numbers lie far apart: the next larger one, where the largest value would be cut off
+            # fp16's least numbers lie far apart: the next larger, where the largest value would be cut off
             short = abs(step * tries[i]) < np.float32(0.995) * abs(limit)
             least = _LEAST if limit * tries[i] > _ZERO else -_LEAST
             step = step + least if short & (abs(step) < _LEAST_NORMAL) else step
@@ -356,6 +359,20 @@ def _store(work: Floats, first: int, blocks: int, steps: Floats, levels: Floats)
     for n in range(min(blocks, steps.shape[1] - block)):
         steps[0, block + n] = work[_BESTD + n * count]
         steps[1, block + n] = work[_BESTDMIN + n * count]
+
+
+@_compiled()
+def _write_codes(
+    x: Floats, first: int, work: Floats, low: np.float32, high: np.float32, codes: Bytes
+) -> None:
+    """The nearest codes by the best round's lines, from 0 on; to the bit what torch makes of them."""
+    for k in range(min(LANES, len(codes) - first)):
+        step = work[_BESTD + k] * work[_BESTLEVEL + k]
+        origin = -(work[_BESTDMIN + k] * work[_BESTMINLEVEL + k])
+        inverse = _ZERO if step == _ZERO else _ONE / step
+        for i in range(x.shape[1]):
+            code = np.rint(min(max((x[first + k, i] - origin) * inverse, low), high))
+            codes[first + k, i] = np.uint8(code - low)
 
 
 @_compiled("contract", "nsz", "reassoc")
@@ -432,11 +449,13 @@ def affine(
     rounds: int,
     steps: Floats,
     levels: Floats,
+    codes: Bytes,
 ) -> None:
     """Scales of w = d level q - dmin minlevel, q in 0..2 zero - 1, levels in 0..top.
 
-    x [sub-blocks, width]; importance [width, sub-blocks of a row or none]; `blocks` super-blocks lie in LANES.
-    Fills steps [2, super-blocks] (d, dmin, as fp16 holds them) and levels [2, sub-blocks].
+    x [sub-blocks, width]; importance [width, sub-blocks of a row or none]; `blocks` super-blocks
+    lie in LANES. Fills steps [2, super-blocks] (d, dmin, as fp16 holds them), levels [2, sub-blocks], and
+    codes uint8 [sub-blocks, width], or [0, width] for none.
     """
     width = x.shape[1]
     y = np.empty((width, LANES), np.float32)
@@ -472,7 +491,7 @@ def affine(
             work[_SHIFT + k] = max(scale * zero - shift - work[_MIDDLE + k], _ZERO)
         _try_steps(work, _SHIFT, _SO, _DMIN, tries, _ZERO, top, blocks)
         for k in range(LANES):
-            work[_BESTTOTAL + k] = _INFINITE
+            work[_BESTTOTAL + k], work[_BESTD + k], work[_BESTDMIN + k] = _INFINITE, _ZERO, _ZERO
         for turn in range(rounds):
             if turn:
                 for k in range(LANES):
@@ -490,6 +509,7 @@ def affine(
             _try_levels(y, o, work, neighbours, zero, top, high)
             _keep_round(work, blocks)
         _store(work, first, blocks, steps, levels)
+        _write_codes(x, first, work, _ZERO, zero + high, codes)
 
 
 @_compiled("contract", "nsz")
@@ -506,12 +526,14 @@ def symmetric(
     rounds: int,
     steps: Floats,
     levels: Floats,
+    codes: Bytes,
 ) -> None:
     """Scales of w = d level q, q in -zero..zero - 1, levels in -top..top - 1.
 
-    x [sub-blocks, width]; importance [width, sub-blocks of a row or none]; `blocks` super-blocks lie in LANES. A start
-    is which code the weight of largest size would have.
-    Fills the first of steps [2, super-blocks] (d, as fp16 holds it) and of levels [2, sub-blocks].
+    x [sub-blocks, width]; importance [width, sub-blocks of a row or none]; `blocks` super-blocks
+    lie in LANES. A start is which code the weight of largest size would have.
+    Fills the first of steps [2, super-blocks] (d, as fp16 holds it) and of levels [2, sub-blocks], and codes
+    uint8 [sub-blocks, width] from 0 on, or [0, width] for none.
     """
     width = x.shape[1]
     y = np.empty((width, LANES), np.float32)
@@ -541,7 +563,7 @@ def symmetric(
                 work[_SCALE + k] = sqq if better else work[_SCALE + k]
         _try_steps(work, _FREE, _SCALE, _D, tries, -top, top - _ONE, blocks)
         for k in range(LANES):
-            work[_BESTTOTAL + k] = _INFINITE
+            work[_BESTTOTAL + k], work[_BESTD + k], work[_BESTDMIN + k] = _INFINITE, _ZERO, _ZERO
         for turn in range(rounds):
             if turn:
                 for k in range(LANES):
@@ -563,24 +585,16 @@ def symmetric(
                 _keep_levels(y, o, work, low, high)
             _keep_round(work, blocks)
         _store(work, first, blocks, steps, levels)
-
-
-@_compiled()
-def codes(x: Floats, inverse: Floats, origin: Floats, low: np.float32, high: np.float32, out: Codes) -> None:
-    """The nearest codes int8 [sub-blocks, width] of x, by its sub-blocks' lines; as torch rounds, to the bit."""
-    for g in range(x.shape[0]):
-        scale, start = inverse[g], origin[g]
-        for i in range(x.shape[1]):
-            out[g, i] = np.int8(np.rint(min(max((x[g, i] - start) * scale, low), high)))
+        _write_codes(x, first, work, low, high, codes)
 
 
 @_compiled()
 def join(codes: Words, shift: np.uint64, bits: int, mask: np.uint64, words: int, out: Words) -> None:
     """Packs `bits` of each byte, from bit `shift` on; eight bytes at a time.
 
-    codes [blocks, n]; out [blocks, n / runs]. Of `runs` = 8 // bits runs of `words` words, the first comes into
-    the lowest bits of `words` words, the next above it; then the same with the runs that follow. `mask` has the
-    lowest `bits` of each byte.
+    codes [blocks, n]; out [blocks, n / runs]. Of `runs` = 8 // bits runs of `words` words, the first comes
+    into the lowest bits of `words` words, the next above it; then the same with the runs that follow. `mask`
+    has the lowest `bits` of each byte.
     """
     runs = 8 // bits
     for block in range(codes.shape[0]):
