@@ -283,6 +283,9 @@ def export_table(records: Sequence[Record]) -> str:
     return "\n".join(lines)
 
 
+TABLES = {"encoders": encoders_table, "ladder": ladder_table, "export": export_table}
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -295,18 +298,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.part == "encoders":
         records = encoders()
-        table = encoders_table(records)
     elif options.part == "export":
         records = export(options.shape)
-        table = export_table(records)
-    else:
-        if not (options.model and options.calibration and options.text):
-            parser.error("ladder needs --model, --calibration and --text")
+    elif options.model and options.calibration and options.text:
         records = ladder(options.model, options.calibration, options.text)
-        table = ladder_table(records)
+    else:
+        parser.error("ladder needs --model, --calibration and --text")
     if options.json:
         options.json.write_text(json.dumps({"part": options.part, "records": records}, indent=1))
-    print(table)
+    print(TABLES[options.part](records))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ demo's table as it came out.
     .venv/bin/python -m benchmarks.readme --memory
     .venv/bin/python -m benchmarks.merge --json > merge.json
     .venv/bin/python -m benchmarks.readme --merge merge.json
+    .venv/bin/python -m benchmarks.gguf encoders --json encoders.json
+    .venv/bin/python -m benchmarks.readme --gguf encoders.json
 
 Each option writes one part: the demo's table from its report.json, the table of benchmarks/memory.py,
-which is run for it, and that of benchmarks/merge.py from its JSON. The commands' help and the
+which is run for it, and those of benchmarks/merge.py and gguf.py from their JSON. The commands' help and the
 table of runtimes are always written.
 """
 
@@ -21,6 +23,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.gguf import TABLES as GGUF_TABLES
 from benchmarks.merge import Agreement, Results, remarks, table
 from benchmarks.merge import Row as MergeRow
 from qexport.cli.main import COMMANDS
@@ -73,6 +76,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, metavar="DIR")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--merge", type=Path, metavar="JSON")
+    parser.add_argument("--gguf", type=Path, metavar="JSON", action="append", default=[])
     options = parser.parse_args()
     text = replaced(README.read_text(encoding="utf-8"), "commands", help_blocks())
     text = replaced(text, "support", support_table())
@@ -85,6 +89,9 @@ def main() -> None:
         )
     if options.merge:
         text = replaced(text, "merge", merge_part(options.merge))
+    for file in options.gguf:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        text = replaced(text, f"gguf-{found['part']}", GGUF_TABLES[found["part"]](found["records"]))
     README.write_text(text, encoding="utf-8")
 
 

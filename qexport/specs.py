@@ -7,6 +7,7 @@ spec has that solver's options and no others; a method is a preset of solver, gr
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ _Names = Annotated[
 ]
 
 
-def _split(value: Any) -> Any:
+def split_list(value: Any) -> Any:
     """'a,b' and ('a,b', 'c') as ('a', 'b') and ('a', 'b', 'c')."""
     values = (value,) if isinstance(value, str) else value
     if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) for one in values):
@@ -30,7 +31,7 @@ def _split(value: Any) -> Any:
     return tuple(part.strip() for one in values for part in one.split(",") if part.strip())
 
 
-_List = Annotated[tuple[str, ...], BeforeValidator(_split)]
+_List = Annotated[tuple[str, ...], BeforeValidator(split_list)]
 
 
 class Spec(BaseModel):
@@ -176,6 +177,12 @@ class WeightsSpec(ShardSpec):
     )
     lm_head: bool = Field(False, description="quantize the output head too")
     embeddings: bool = Field(False, description="quantize the input embeddings too")
+
+    @property
+    def width(self) -> int:
+        """Bits a code: those that the first of GGUF's types has in its name, where there is one."""
+        told = re.search(r"\d+", self.type[0]) if self.type else None
+        return int(told[0]) if told else self.bits
 
 
 class RtnSpec(WeightsSpec):

@@ -52,11 +52,11 @@ class Job:
 
 
 def variant_name(spec: AnyQuantizeSpec) -> str:
-    """A variant's directory: method, bits, and what the user chose of group size, solver and format."""
+    """A variant's directory: method, bits or type, and what the user chose of group size, solver and format."""
     preset = METHODS[spec.method]
     group = spec.group_size
     parts = [
-        f"{spec.method}-{spec.bits}bit",
+        f"{spec.method}-{'-'.join(spec.type).lower() or f'{spec.bits}bit'}",
         "" if group is None else "row" if group == -1 else f"g{group}",
         "" if spec.solver == preset.solver else spec.solver.replace("+", "-"),
         "" if spec.format == preset.format else spec.format,

@@ -23,6 +23,7 @@ from qexport.specs import (
     ShardSpec,
     Spec,
     VerifySpec,
+    split_list,
     with_preset,
 )
 
@@ -55,11 +56,20 @@ class ExportRecipe(Spec):
         for entry in value:
             if _has_names(entry):
                 entry = with_preset(entry)
-            if isinstance(entry, Mapping) and isinstance(entry.get("bits"), list):
-                spread += [{**entry, "bits": bits} for bits in entry["bits"]]
-            else:
-                spread.append(entry)
+            spread += _alone(entry)
         return spread
+
+
+def _alone(entry: Any) -> list[Any]:
+    """One entry for each of its bits, or of GGUF's types: each is a variant with scores of its own."""
+    if not isinstance(entry, Mapping):
+        return [entry]
+    types = split_list(entry.get("type"))
+    if isinstance(types, tuple) and len(types) > 1:
+        return [{**entry, "type": kind} for kind in types]
+    if isinstance(entry.get("bits"), list):
+        return [{**entry, "bits": bits} for bits in entry["bits"]]
+    return [entry]
 
 
 def _has_names(entry: Any) -> bool:

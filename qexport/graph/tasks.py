@@ -333,7 +333,7 @@ class ReportTask(Task):
                 make_row(
                     made.name,
                     made.spec.method,
-                    made.spec.bits,
+                    made.spec.width,
                     verified.scores(),
                     reference=full,
                     costs=read_figures(made.out),
