@@ -173,7 +173,10 @@ def test_everything_is_checked_before_anything_runs(
         ({"verify": None, "merge": 3}, "merge: input should have keys of its own, found 3"),
         ({"verify": {"windw": 3}}, "unknown key 'verify.windw'; did you mean 'window'?"),
         ({"quantize": [{"method": "gtpq"}]}, "unknown method 'gtpq'; did you mean 'gptq'?"),
-        ({"quantize": [{"bits": 4}]}, "unknown method None; known are rtn, bnb, eetq, hqq, mlx, gguf, gptq, awq"),
+        (
+            {"quantize": [{"bits": 4}]},
+            "unknown method None; known are rtn, bnb, eetq, hqq, mlx, gguf, gptq, awq",
+        ),
         (
             {"quantize": [{"method": "bnb", "bits": [4, 7]}]},
             "quantize.1.rtn.bits: input should be 1, 2, 3, 4, 5, 6 or 8, found 7",

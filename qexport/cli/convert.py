@@ -71,6 +71,12 @@ def _model(
 ) -> tuple[dict[str, Any], str]:
     from qexport.conversion import convert as run
 
+    if output.suffix == ".gguf":
+        raise SpecError(
+            f"-o {output} with --to safetensors",
+            expected="a directory to make",
+            remedy="a model becomes GGUF by qexport quantize --method gguf --type f16, or any other type",
+        )
     made = run(source, output, spec, overwrite=overwrite, on_event=on_event)
     size = made.weights_size
     told = f"{output}: {len(made.stored)} tensors, {format_size(size)}"

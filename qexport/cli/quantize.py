@@ -77,7 +77,8 @@ def quantize(
     told = _gguf_summary(result) if result.files else _summary(result)
     out.result({**asdict(result), "path": str(result.path)}, told)
     if result.tensors and not as_json and not quiet:
-        out.table("largest errors", ("tensor", "bits", "relative error", "of outputs"), _worst(result), {})
+        title = "largest errors" + (" of the smallest file" if len(result.files) > 1 else "")
+        out.table(title, ("tensor", "bits", "relative error", "of outputs"), _worst(result), {})
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +103,8 @@ def _summary(result: QuantizeResult) -> str:
 
 def _gguf_summary(result: QuantizeResult) -> str:
     """A line for each file, and one of what it took."""
-    method = result.method if result.solver == "search" else f"{result.method} ({result.solver})"
+    usual = result.solver in ("search", result.method)
+    method = result.method if usual else f"{result.method} ({result.solver})"
     lines = [
         f"{result.path / file.file}: {method} {file.type}, {format_size(file.size_bytes)} "
         f"({file.bits_per_weight:.2f} bits a weight): "

@@ -52,7 +52,7 @@ class Job:
 
 
 def variant_name(spec: AnyQuantizeSpec) -> str:
-    """A variant's directory: method, bits or type, and what the user chose of group size, solver and format."""
+    """A variant's directory: method, bits or type, and the user's choice of group size, solver and format."""
     preset = METHODS[spec.method]
     group = spec.group_size
     parts = [

@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from qexport.checkpoint.checkpoint import read_json
-from qexport.checkpoint.disk import is_file
 from qexport.checkpoint.finiteness import require_finite
+from qexport.checkpoint.gguf_files import gguf_files
 from qexport.checkpoint.manifest import Recipe
 from qexport.checkpoint.safetensors_file import byte_view
-from qexport.checkpoint.sidecars import sidecars_of
-from qexport.errors import SpecError, first_of
+from qexport.errors import SpecError
 from qexport.events import Finished, Noted, OnEvent, Started
-from qexport.formats.gguf.container import PlannedTensor, text, u32
+from qexport.formats.gguf.container import Metadata, PlannedTensor, text, u32
 from qexport.formats.gguf.general import file_stem, general
-from qexport.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
-from qexport.formats.gguf.mixes import quantizable
+from qexport.formats.gguf.imatrix import ImportanceMatrix
+from qexport.formats.gguf.mixes import MIXES, quantizable
 from qexport.formats.gguf.output import GgufOutput, PlannedModel
 from qexport.formats.gguf.settings import remarks, settings
-from qexport.formats.gguf.tensors import GgufTensor
+from qexport.formats.gguf.splitting import SUFFIX, read_model
+from qexport.formats.gguf.tensors import GgufTensor, Part
 from qexport.formats.gguf.tokenizer.vocabulary import Vocabulary, vocabulary
 from qexport.grids.ggml.types import BlockType
 from qexport.measure import Measured
 from qexport.modeling.calibration import CalibrationData, calibration_data, check_calibration
 from qexport.modeling.skeleton import Skeleton
-from qexport.ollama.modelfile import ModelfileResult, SpecialTokens, modelfile
 from qexport.quantization.by_blocks import BlockQuantizer
+from qexport.quantization.gguf_matrix import known_matrix
+from qexport.quantization.gguf_modelfile import licences, modelfiles
 from qexport.quantization.gguf_plan import GgufPlan, Variant, is_coded, plan_gguf, tensor_bytes
 from qexport.quantization.gguf_stream import TensorStream, stream_bytes
 from qexport.quantization.importance import gather_importance, layer_inputs
@@ -40,7 +41,11 @@ from qexport.results import GgufFileResult, QuantizeResult, TensorError
 from qexport.specs import AnyQuantizeSpec, CalibrationSpec, ImportanceSpec
 
 _QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
-_LICENCES = ("LICEN", "NOTICE", "COPYING", "USE_POLICY")
+_OF_THE_FILE = ("general.alignment", "general.file_type", "general.quantization_version")
+_PHI_3 = re.compile(r"(phi)-?3", re.IGNORECASE)
+_PHI_3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+_PART = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
+_TYPE = re.compile(rf"[-_.]({'|'.join(MIXES)})$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,42 @@ def prepare_gguf(
     )
     parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
     described = general(source.path, config, parameters=parameters, name=source.name, base_model=source.base)
-    plan = plan_gguf(checkpoint, skeleton, spec, {**described, **metadata, **words.metadata}, on_event)
+    told = {**described, **_carried(source), **metadata, **words.metadata}
+    told |= _harmless_name(told, words, on_event)
+    plan = plan_gguf(checkpoint, skeleton, spec, told, on_event)
     if isinstance(spec, CalibrationSpec) and getattr(spec, "imatrix", None) is None:
         check_calibration(spec)
-    stem = file_stem(source.directories[-1] if source.name else source.path, config)
+    called = source.directories[-1] if source.name else source.path
+    stem = file_stem(called.with_name(_without_type(called.name)), config)
     return Prepared(source, plan, words, stem)
+
+
+def _carried(source: Source) -> Metadata:
+    """What a GGUF file that is encoded anew says of the model: its name, licence, what it was made from."""
+    files = [] if source.name else gguf_files(source.path)
+    found = read_model(files[0]).metadata if files else {}
+    return {
+        key: value for key, value in found.items() if key.startswith("general.") and key not in _OF_THE_FILE
+    }
+
+
+def _harmless_name(metadata: Metadata, words: Vocabulary, on_event: OnEvent) -> Metadata:
+    """Another name for a model whose own llama.cpp takes for Phi-3's, and asks for tokens that it has not.
+
+    It then does not load the file: llama-vocab.cpp, `_contains_any(model_name, {"phi-3", "phi3"})`.
+    """
+    name = metadata.get("general.name", text("")).value
+    if not _PHI_3.search(name) or _PHI_3_TOKENS.issubset(words.tokens):
+        return {}
+    other = _PHI_3.sub(r"\1 3", name)
+    on_event(Noted(f"it is called {other!r} in the file: llama.cpp would expect tokens of Phi-3 in {name!r}"))
+    return {"general.name": text(other)}
+
+
+def _without_type(name: str) -> str:
+    """A GGUF file's name without its type: "model" of "model-Q4_K_M.gguf"; other names as they are."""
+    stem = _PART.sub("", name)
+    return stem if stem == name else _TYPE.sub("", stem) or stem
 
 
 def quantize_gguf(
@@ -97,9 +133,15 @@ def quantize_gguf(
     on_event: OnEvent,
 ) -> QuantizeResult:
     """Writes a file for each type. Raises as `quantize` does."""
+    if out.suffix == SUFFIX:
+        raise SpecError(
+            f"-o {out}",
+            expected="a directory to make: a Modelfile and qexport.json lie beside the .gguf file",
+            remedy=f"-o {out.with_suffix('')}",
+        )
     prepared = prepare_gguf(source, skeleton, spec, trust_remote_code=trust_remote_code, on_event=on_event)
     plan = prepared.plan
-    matrix = _matrix_of(plan)
+    matrix = known_matrix(plan, on_event)
     models = [_planned_model(prepared, variant, matrix) for variant in plan.variants]
     with (
         Measured() as cost,
@@ -107,7 +149,7 @@ def quantize_gguf(
             out,
             models,
             recipe=recipe,
-            sidecars={n: p for n, p in sidecars_of(source.path).items() if n.name.startswith(_LICENCES)},
+            sidecars=licences(source.path),
             sources=source.directories,
             overwrite=overwrite,
         ) as output,
@@ -123,7 +165,8 @@ def quantize_gguf(
             layers = layer_inputs(plan.tensors)
             matrix, data = gather_importance(plan.checkpoint, plan.skeleton, data, layers, on_event), None
         errors = _write_tensors(plan, output, matrix, data, on_event)
-        _add_modelfiles(prepared, models, output, on_event)
+        for name, content in modelfiles(source.path, prepared.vocabulary, models, on_event).items():
+            output.add_text(name, content)
         files = [_file_result(plan, number, model) for number, model in enumerate(models)]
         output.figures["files"] = {
             file.file: {**asdict(file), "tensor_errors": [asdict(error) for error in lost]}
@@ -136,7 +179,7 @@ def quantize_gguf(
         method=spec.method,
         solver=spec.solver,
         format=spec.format,
-        bits=spec.bits,
+        bits=spec.width,
         quantized_layers=sum(is_coded(kind) for kind in types.values()),
         layers_left=tuple(
             name
@@ -154,26 +197,6 @@ def quantize_gguf(
     )
 
 
-def _matrix_of(plan: GgufPlan) -> ImportanceMatrix | None:
-    """The importance matrix that the user has; SpecError when it is not one of this model."""
-    given = getattr(plan.spec, "imatrix", None)
-    if given is None:
-        return None
-    matrix = read_imatrix(Path(given))
-    coded = [t for t in plan.tensors if any(is_coded(variant.types[t.name]) for variant in plan.variants)]
-    known = [t.name for t in coded if matrix.importance(t.name, t.shape[-1], _experts(t)) is not None]
-    if not known:
-        raise SpecError(
-            f"{given} knows none of the tensors that become codes: {first_of([t.name for t in coded], 2)}",
-            expected="an importance matrix that was gathered with this very model",
-        )
-    return matrix
-
-
-def _experts(tensor: GgufTensor) -> int | None:
-    return tensor.shape[0] if len(tensor.shape) == 3 else None
-
-
 def _planned_model(prepared: Prepared, variant: Variant, matrix: ImportanceMatrix | None) -> PlannedModel:
     plan = prepared.plan
     metadata = {
@@ -183,7 +206,8 @@ def _planned_model(prepared: Prepared, variant: Variant, matrix: ImportanceMatri
     }
     if matrix is not None:  # as llama-quantize tells it
         metadata["quantize.imatrix.file"] = text(Path(str(getattr(plan.spec, "imatrix", ""))).name)
-        metadata["quantize.imatrix.dataset"] = text(", ".join(matrix.datasets))
+        names = [Path(name).name for name in matrix.datasets]
+        metadata["quantize.imatrix.dataset"] = text(", ".join(names))
         metadata["quantize.imatrix.entries_count"] = u32(len(matrix.entries))
         metadata["quantize.imatrix.chunks_count"] = u32(matrix.chunk_count)
     tensors = [PlannedTensor(name, variant.types[name], shape) for name, shape in plan.shapes.items()]
@@ -242,7 +266,13 @@ def _write_calibrated(
     on_event(Started("the rest", stream_bytes(rest), "bytes"))
     stream.run(rest)
     on_event(Finished())
-    return [*blocks.errors, *stream.errors(number)]
+    found = [replace(error, tensor=_called(*held[f"{error.tensor}.weight"])) for error in blocks.errors]
+    return [*found, *stream.errors(number)]
+
+
+def _called(tensor: GgufTensor, part: Part) -> str:
+    """A matrix by its name in the file, an expert's with its number."""
+    return tensor.name if part.expert is None else f"{tensor.name}[{part.expert}]"
 
 
 def _arranged(tensor: GgufTensor, values: torch.Tensor) -> torch.Tensor:
@@ -251,48 +281,6 @@ def _arranged(tensor: GgufTensor, values: torch.Tensor) -> torch.Tensor:
     rows = values.float().t() if tensor.transposed else values.float()
     rows = rows if order is None else rows[order]
     return rows + 1 if tensor.plus_one else rows
-
-
-def _add_modelfiles(
-    prepared: Prepared, models: Sequence[PlannedModel], output: GgufOutput, on_event: OnEvent
-) -> None:
-    """A Modelfile for each model; their notes are told once."""
-    told: set[str] = set()
-    for model in models:
-        made = _modelfile(prepared, [file.name for file in model.files()])
-        output.add_text("Modelfile" if len(models) == 1 else f"Modelfile.{model.stem}", made.text)
-        for note in made.notes:
-            if note not in told:
-                on_event(Noted(f"Modelfile: {note}"))
-            told.add(note)
-
-
-def _modelfile(prepared: Prepared, files: Sequence[str]) -> ModelfileResult:
-    words, metadata, source = prepared.vocabulary, prepared.plan.metadata, prepared.source
-    special = words.special
-    generation = source.path / "generation_config.json"
-    config = read_json(generation) if is_file(generation) else {}
-    eos = config.get("eos_token_id")
-    ends = [special.turn_end, special.message_end, *(eos if isinstance(eos, list) else [eos])]
-
-    def said(token: object) -> str:
-        return words.tokens[token] if isinstance(token, int) and 0 <= token < len(words.tokens) else ""
-
-    licences = [path for name, path in sidecars_of(source.path).items() if name.name.startswith(_LICENCES[0])]
-    return modelfile(
-        files,
-        words.chat_template,
-        SpecialTokens(
-            bos=said(special.bos),
-            eos=said(special.eos),
-            ends=tuple(dict.fromkeys(said(token) for token in ends if token != special.eos and said(token))),
-            adds_bos=special.adds_bos,
-            others={"pad_token": said(special.padding), "unk_token": said(special.unknown)},
-        ),
-        config,
-        context_length=int(metadata[f"{metadata['general.architecture'].value}.context_length"].value),
-        license_text=licences[0].read_text(encoding="utf-8", errors="replace") if licences else None,
-    )
 
 
 def _file_result(plan: GgufPlan, number: int, model: PlannedModel) -> GgufFileResult:

@@ -18,26 +18,20 @@ from qexport.formats.gguf.mixes import (
     BY_BITS,
     Mix,
     ModelFacts,
-    fallback,
     mix_of,
-    needs_importance,
     quantizable,
     tensor_type,
 )
 from qexport.formats.gguf.settings import computed_tensors
 from qexport.formats.gguf.tensors import GgufTensor, gguf_tensors
 from qexport.grids.ggml.grid import GgmlGrid
-from qexport.grids.ggml.types import TYPES, BlockType, block_type
-from qexport.grids.grid import Grid
+from qexport.grids.ggml.types import BlockType
 from qexport.methods import Solving
 from qexport.modeling.blocks import layer_names
 from qexport.modeling.skeleton import Skeleton
 from qexport.modeling.structure import structure_problems
-from qexport.quantization.choice import require_match
-from qexport.specs import AnyQuantizeSpec
-
-_SOLVERS = ("search", "importance", "gptq", "awq", "awq+gptq")
-_NOT_FOR_GGUF = ("group_size", "symmetric", "quant_type", "double_quant")
+from qexport.quantization.gguf_checks import check_options, check_solver, chosen_types, hungry
+from qexport.specs import AnyQuantizeSpec, AwqSpec, GptqSpec
 
 
 @dataclass(frozen=True)
@@ -104,10 +98,10 @@ class BlockView:
         return {name: linears[name] for name in self.grids}
 
     @cached_property
-    def grids(self) -> Mapping[str, Grid]:
+    def grids(self) -> Mapping[str, GgmlGrid]:
         """The linear layers of the blocks whose type holds codes."""
         known = layer_names(self.plan.skeleton)
-        found: dict[str, Grid] = {}
+        found: dict[str, GgmlGrid] = {}
         for tensor in self.plan.tensors:
             kind = self.variant.types[tensor.name]
             for part in tensor.parts:
@@ -147,7 +141,7 @@ def plan_gguf(
     on_event: OnEvent,
 ) -> GgufPlan:
     """Checks all that can be checked without reading a tensor. Raises InputError."""
-    _check_options(spec)
+    check_options(spec)
     skeleton = skeleton.bound(checkpoint)
     if problems := structure_problems(checkpoint, skeleton):
         raise UnsupportedModelError(
@@ -162,28 +156,20 @@ def plan_gguf(
     if len({mix.name for mix in wanted}) < len(wanted):
         raise SpecError(f"--type {','.join(spec.type)} names a type twice", expected="each once")
     variants = [Variant(mix, _types(mix, shapes, facts, spec, checkpoint.path, on_event)) for mix in wanted]
-    return GgufPlan(checkpoint, skeleton, spec, tensors, computed, variants, metadata)
-
-
-def _check_options(spec: AnyQuantizeSpec) -> None:
-    if spec.solver not in _SOLVERS:
-        raise SpecError(
-            f"--solver {spec.solver} with gguf",
-            expected=f"one of {', '.join(_SOLVERS)}: its types bring a search of scales of their own",
-        )
-    for name in _NOT_FOR_GGUF:
-        if getattr(spec, name) is not None:
-            raise SpecError(
-                f"--{name.replace('_', '-')} with gguf",
-                expected="--type, which settles the grid as a whole, such as q4_k_m",
-            )
+    plan = GgufPlan(checkpoint, skeleton, spec, tensors, computed, variants, metadata)
+    if isinstance(spec, (GptqSpec, AwqSpec)):
+        for variant in variants:
+            fused = {t.name: variant.types[t.name] for t in tensors if t.parts[0].source_expert is not None}
+            coded = {name: kind for name, kind in fused.items() if is_coded(kind)}
+            check_solver(spec, variant.mix.name, plan.in_blocks(variant).grids, coded, on_event)
+    return plan
 
 
 def _by_bits(bits: int) -> str:
     if bits not in BY_BITS:
         raise SpecError(
             f"gguf has no type that {bits} bits alone would mean",
-            expected=", ".join(f"{width} ({name})" for width, name in BY_BITS.items()),
+            expected="one of " + ", ".join(f"{width} ({name})" for width, name in BY_BITS.items()),
             remedy="name one: --type iq2_xxs",
         )
     return BY_BITS[bits]
@@ -221,15 +207,16 @@ def _types(
 ) -> dict[str, BlockType]:
     types: dict[str, BlockType] = {}
     smaller: list[str] = []
-    chosen = _overrides(spec, shapes)
+    chosen = chosen_types(spec, shapes)
     for name, shape in shapes.items():
         types[name] = chosen.get(name) or tensor_type(mix, name, shape, facts)
         pure = tensor_type(mix, name, (*shape[:-1], 256), facts)
         if name not in chosen and pure is not types[name] and quantizable(name, shape):
             smaller.append(name)
-        if not facts.importance and name not in chosen and needs_importance(mix, name, types[name]):
+        if not facts.importance and hungry(mix, name, types[name]):
+            what = "--override" if name in chosen else mix.name
             raise SpecError(
-                f"{mix.name} makes {name} {types[name].name}, which loses far too much without an importance "
+                f"{what} makes {name} {types[name].name}, which loses far too much without an importance "
                 "matrix",
                 expected="--calibration TEXT (or --solver importance) to gather one, or --imatrix FILE",
                 remedy="or a type that needs none, such as q2_k or q3_k_s",
@@ -238,37 +225,10 @@ def _types(
         kinds = ", ".join(sorted({types[name].name for name in smaller}))
         on_event(
             Noted(
-                f"{mix.name}: {len(smaller)} tensors have rows that are no multiple of 256 and get other "
-                f"types ({kinds}), as in llama.cpp: {first_of(smaller, 2)}"
+                f"{mix.name}: rows of {len(smaller)} tensor{'s' if len(smaller) > 1 else ''} are no multiple "
+                f"of 256: other types ({kinds}), as in llama.cpp: {first_of(smaller, 2)}"
             )
         )
     if not any(is_coded(kind) for kind in types.values()) and mix.main not in ("f32", "f16", "bf16"):
         raise SpecError(f"no tensor of {path} can be stored as {mix.name}", remedy="try --type q8_0 or f16")
     return types
-
-
-def _overrides(spec: AnyQuantizeSpec, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, BlockType]:
-    """The types that the user named, by tensor; --skip is an override to f16."""
-    names = [name for name, shape in shapes.items() if quantizable(name, shape)]
-    found: dict[str, BlockType] = {}
-    for text in spec.override:
-        pattern, equals, kind = text.rpartition("=")
-        if not (pattern and equals):
-            raise SpecError(
-                f"--override {text!r}",
-                expected="'PATTERN=TYPE' with gguf, the pattern over its names of tensors",
-                remedy="for example 'blk.*.ffn_down=q6_k'",
-            )
-        wanted = block_type(kind)
-        for name in require_match("--override", text, pattern, names):
-            if fallback(wanted, shapes[name][-1]) is not wanted:
-                raise SpecError(
-                    f"--override {text!r}: rows of {name} have {shapes[name][-1]} weights",
-                    expected=f"a multiple of {wanted.values} for {wanted.name}",
-                    remedy="a type of smaller blocks, such as q8_0, q5_0 or iq4_nl",
-                )
-            found[name] = wanted
-    for pattern in spec.skip:
-        for name in require_match("--skip", pattern, pattern, names):
-            found[name] = TYPES["f16"]
-    return found

@@ -13,16 +13,19 @@ from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.finiteness import is_finite, non_finite_error
 from qexport.checkpoint.overlap import Overlap
 from qexport.checkpoint.safetensors_file import byte_view
+from qexport.errors import SpecError
 from qexport.events import Advanced, OnEvent
 from qexport.formats.gguf.imatrix import ImportanceMatrix
 from qexport.formats.gguf.output import GgufOutput
 from qexport.formats.gguf.tensors import GgufTensor
+from qexport.grids.ggml.grid import GgmlGrid
 from qexport.grids.ggml.types import BlockType
 from qexport.quantization.gguf_plan import is_coded
 from qexport.results import TensorError
 
 _SLAB = 1 << 20  # values that one core works on at a time: 4 MiB in fp32
 _MAX_WORKERS = 16
+_LARGEST_SCALE = 65504  # in fp16
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class TensorStream:
         return [
             TensorError(
                 name,
-                round(self.files[number][name].bits_per_weight),
+                GgmlGrid(self.files[number][name]).bits,
                 _share(loss.lost, loss.square),
                 _share(loss.weighted_lost, loss.weighted_square) if loss.weighted_square else None,
             )
@@ -100,8 +103,7 @@ class TensorStream:
         kinds = {types[slab.tensor.name] for types in self.files.values() if slab.tensor.name in types}
         encoded: dict[BlockType, _Encoded] = {}
         for kind in kinds:
-            blocks = kind.encode(rows, h)
-            encoded[kind] = _Encoded(blocks, _loss(rows, kind.decode(blocks), h) if is_coded(kind) else None)
+            encoded[kind] = _in_type(kind, slab.tensor.name, rows, h)
         return encoded
 
     def _weights(self, slab: _Slab, inputs: int) -> torch.Tensor | None:
@@ -150,6 +152,29 @@ def _slabs(tensor: GgufTensor) -> Iterator[_Slab]:
             end = min(begin + step, rows)
             offset = expert * rows
             yield _Slab(tensor, offset + begin, offset + end, expert if len(tensor.shape) == 3 else None)
+
+
+def _in_type(kind: BlockType, name: str, rows: torch.Tensor, h: torch.Tensor | None) -> _Encoded:
+    """The rows [rows, in] in a type. SpecError that names the tensor for values beyond the type's."""
+    try:
+        blocks = kind.encode(rows, h)
+    except SpecError as error:
+        raise SpecError(f"{name}: {error.found}", expected=error.expected, remedy=error.remedy) from error
+    if not is_coded(kind):
+        return _Encoded(blocks, None)
+    loss = _loss(rows, kind.decode(blocks), h)
+    if not loss.square < _LARGEST_SCALE**2 and _cut_off(rows, kind.decode(blocks)):
+        raise SpecError(
+            f"{name}: a weight of {float(rows.abs().amax()):.6g}, too large for {kind.name}",
+            expected="weights that scales of 16 bits can reach",
+            remedy=f"another type for it, such as --override '{name}=bf16'",
+        )
+    return _Encoded(blocks, loss)
+
+
+def _cut_off(rows: torch.Tensor, decoded: torch.Tensor) -> bool:
+    """Whether the largest value is beyond the type's reach: encoders stop at the largest scale."""
+    return bool(decoded.abs().amax() < 0.5 * rows.abs().amax())
 
 
 def _loss(rows: torch.Tensor, decoded: torch.Tensor, h: torch.Tensor | None) -> _Loss:

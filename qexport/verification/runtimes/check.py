@@ -44,8 +44,9 @@ TOLERANCES = {
     "awq": 5e-2,
     "hqq": 1e-3,
     "mlx": 1e-3,
-    GGUF: 5e-2,  # llama.cpp rounds activations to 8 bits for products with codes
+    GGUF: 5e-3,  # without codes: activations in 16 bits
 }
+_TOLERANCE_GGUF_CODES = 0.2  # for products with codes llama.cpp rounds activations to 8 bits
 _TOLERANCE_INT8 = 0.15  # LLM.int8 rounds activations to 8 bits
 _ROWS, _LENGTH, _SEED = 2, 32, 20260101
 _INSTALL = {
@@ -194,6 +195,8 @@ def method_of(checkpoint: Checkpoint) -> str:
 def tolerance_of(checkpoint: Checkpoint) -> float:
     """The difference of the logits up to which it is the runtime's own rounding."""
     config = checkpoint.quantization or {}
+    if config and method_of(checkpoint) == GGUF:
+        return _TOLERANCE_GGUF_CODES
     return _TOLERANCE_INT8 if config.get("load_in_8bit") else TOLERANCES[method_of(checkpoint)]
 
 
