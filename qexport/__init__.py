@@ -16,26 +16,32 @@ if TYPE_CHECKING:
     from qexport.conversion import convert
     from qexport.formats.opening import open_checkpoint
     from qexport.graph.run import export
+    from qexport.merging.gguf_adapter import convert_adapter
     from qexport.merging.merge import merge
+    from qexport.quantization.imatrix import make_imatrix as imatrix
     from qexport.quantization.quantize import quantize
     from qexport.verification.verify import evaluate, verify
 
-_VERBS = {
-    "convert": "qexport.conversion",
-    "evaluate": "qexport.verification.verify",
-    "export": "qexport.graph.run",
-    "merge": "qexport.merging.merge",
-    "open_checkpoint": "qexport.formats.opening",
-    "quantize": "qexport.quantization.quantize",
-    "shard": "qexport.checkpoint.resharding",
-    "verify": "qexport.verification.verify",
+_VERBS = {  # where each is, and its name there
+    "convert": ("qexport.conversion", "convert"),
+    "convert_adapter": ("qexport.merging.gguf_adapter", "convert_adapter"),
+    "evaluate": ("qexport.verification.verify", "evaluate"),
+    "export": ("qexport.graph.run", "export"),
+    "imatrix": ("qexport.quantization.imatrix", "make_imatrix"),
+    "merge": ("qexport.merging.merge", "merge"),
+    "open_checkpoint": ("qexport.formats.opening", "open_checkpoint"),
+    "quantize": ("qexport.quantization.quantize", "quantize"),
+    "shard": ("qexport.checkpoint.resharding", "shard"),
+    "verify": ("qexport.verification.verify", "verify"),
 }
 
 __all__ = [
     "__version__",
     "convert",
+    "convert_adapter",
     "evaluate",
     "export",
+    "imatrix",
     "merge",
     "open_checkpoint",
     "quantize",
@@ -47,4 +53,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _VERBS:
         raise AttributeError(f"module 'qexport' has no attribute {name!r}")
-    return getattr(importlib.import_module(_VERBS[name]), name)
+    module, own_name = _VERBS[name]
+    return getattr(importlib.import_module(module), own_name)

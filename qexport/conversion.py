@@ -15,12 +15,14 @@ from qexport.checkpoint.manifest import Recipe, fingerprint
 from qexport.checkpoint.sidecars import sidecars_of
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.writer import CheckpointWriter
+from qexport.errors import NonFiniteError
 from qexport.events import Advanced, Finished, Noted, OnEvent, Started, ignore
 from qexport.formats.opening import float_dtype, open_checkpoint
 from qexport.specs import ConvertSpec
 
 _QUANTIZATION_KEYS = ("quantization_config", "quantization")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_WIDER = ("bfloat16", "float32")  # than float16
 _SECOND_CONFIG = "quantize_config.json"
 
 
@@ -42,7 +44,8 @@ def convert(
     Codes are decoded to the dtype that the config names (`spec.dtype` settles that of all weights); what
     quantization lost stays lost. The input is not changed.
 
-    Raises InputError for a source that cannot be read, NonFiniteError, OutputExistsError, StorageError.
+    Raises InputError for a source that cannot be read, NonFiniteError for weights that are not finite or that
+    the dtype cannot hold, OutputExistsError, StorageError.
     """
     spec = spec or ConvertSpec()
     path = resolve(source)
@@ -64,14 +67,31 @@ def convert(
     ) as writer:
         on_event(Started("convert", writer.plan.size, "bytes"))
         for info in infos:
-            values = checkpoint.read(info.name).to(info.dtype)
+            values = checkpoint.read(info.name)
             if not is_finite(values):
                 raise non_finite_error(str(source), [info.name])
-            writer.write(info.name, values)
+            converted = values.to(info.dtype)
+            if converted is not values and not is_finite(converted):
+                raise _overflow(str(source), info, values)
+            writer.write(info.name, converted)
             on_event(Advanced(info.size, info.name))
         on_event(Finished())
         writer.figures["decoded_tensors"] = decoded
     return open_directory(Path(out))
+
+
+def _overflow(source: str, info: TensorInfo, values: torch.Tensor) -> NonFiniteError:
+    largest, limit = float(values.double().abs().max()), torch.finfo(info.dtype).max
+    wider = next((dtype for dtype in _WIDER if is_finite(values.to(getattr(torch, dtype)))), None)
+    return NonFiniteError(
+        f"{source} has weights of up to {largest:g} in {info.name}",
+        expected=f"at most {limit:g}, where {_name(info.dtype)} ends",
+        remedy=f"--dtype {wider}" if wider else "",
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _planned(checkpoint: Checkpoint, name: str, spec: ConvertSpec) -> TensorInfo:

@@ -142,6 +142,9 @@ class WeightsSpec(ShardSpec):
     """
 
     format: FormatName = Field("gptq", description="layout of the files; default: the method's own")
+    max_shard_size: Size = Field(
+        5_000_000_000, description="largest file, e.g. 5GB or 500MB; default: 5GB, gguf one file"
+    )
     bits: Bits = Field(4, description="bits a weight; default: 4, eetq 8")
     group_size: int | None = Field(
         None,
@@ -313,7 +316,8 @@ _MEANS_IMPORTANCE = {"imatrix", *CalibrationSpec.model_fields}
 def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` of a spec, `method` among them, with what the method's preset adds to them.
 
-    Raises SpecError for a name of a method or of a solver that is none, with the nearest right one.
+    Raises SpecError for a name of a method or of a solver that is none, with the nearest right one, and for
+    bits beside GGUF's types.
     """
     method, solver = options.get("method"), options.get("solver")
     for what, found, known in (("method", method, METHODS), ("solver", solver, SOLVERS)):
@@ -326,6 +330,9 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
             )
     preset = METHODS[method]  # type: ignore[index]
     given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "bits" in given and "type" in given:
+        types = ",".join(split_list(given["type"]))
+        raise SpecError(f"--bits {given['bits']} beside --type {types}", expected="one of the two")
     if preset.format == "gguf" and solver is None and given.keys() & _MEANS_IMPORTANCE:
         preset = preset._replace(solver="importance")
     return {**preset._asdict(), **given}

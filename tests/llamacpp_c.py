@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,21 @@ import torch
 from qexport.checkpoint.checkpoint import open_directory
 from qexport.formats.gguf.container import PlannedTensor, read_header, text
 from qexport.formats.gguf.settings import settings
+from qexport.formats.gguf.slabs import read_tensor
 from qexport.formats.gguf.tensors import gguf_tensors
 from qexport.formats.gguf.whole_file import write_plain
 from qexport.grids.ggml.types import TYPES
 from qexport.modeling.skeleton import build_skeleton
+from tests.adapters import tiny_gpt2, tiny_llama, tiny_moe, tiny_qwen2
+
+BASES: dict[str, Callable[[Path], Path]] = {
+    "llama": tiny_llama,
+    "qwen2": tiny_qwen2,
+    "gpt2": tiny_gpt2,
+    "mixtral": partial(tiny_moe, model_type="mixtral"),
+    "qwen3_moe": partial(tiny_moe, model_type="qwen3_moe", norm_topk_prob=True),
+}
+"""Makes a tiny model of each kind of block that llama.cpp runs its own way."""
 
 
 def base_gguf(model: Path, out: Path) -> Path:
@@ -29,7 +40,7 @@ def base_gguf(model: Path, out: Path) -> Path:
     arch = next(iter(found)).partition(".")[0]
     metadata = {"general.architecture": text(arch), "tokenizer.ggml.model": text("none"), **found}
     planned = [PlannedTensor(tensor.name, TYPES["f32"], tensor.shape) for tensor in tensors]
-    write_plain(out, metadata, planned, (tensor.read(checkpoint) for tensor in tensors))
+    write_plain(out, metadata, planned, (read_tensor(tensor, checkpoint) for tensor in tensors))
     return out
 
 
@@ -76,6 +87,7 @@ def _llamacpp() -> Any:
     library.quiet = ctypes.CFUNCTYPE(None, ctypes.c_int, text_, pointer)(lambda *_: None)
     library.llama_log_set(library.quiet, None)
     library.llama_backend_init()
+    _require_known_tensors(library)
     return library
 
 
@@ -94,27 +106,68 @@ class _Tensor(ctypes.Structure):
     )
 
 
+class _Memory(ctypes.Structure):
+    """ggml.h, `struct ggml_init_params`."""
+
+    _fields_ = (("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool))
+
+
+def _require_known_tensors(library: Any) -> None:
+    """Fails when ggml lays out its tensors otherwise than `_Tensor`: a product is made and looked at."""
+    pointer, side = ctypes.c_void_p, ctypes.c_int64
+    for name, arguments in (
+        ("ggml_init", [_Memory]),
+        ("ggml_new_tensor_2d", [pointer, ctypes.c_int, side, side]),
+        ("ggml_mul_mat", [pointer, pointer, pointer]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = pointer, arguments
+    library.ggml_free.argtypes = [pointer]
+    memory = library.ggml_init(_Memory(1 << 20, None, False))
+    try:
+        weight, x = (library.ggml_new_tensor_2d(memory, 0, 32, rows) for rows in (3, 5))
+        made = library.ggml_mul_mat(memory, weight, x)
+        tensor = _Tensor.from_address(made)
+        found = (tensor.type, list(tensor.ne), list(tensor.nb), list(tensor.src))
+        expected = (0, [3, 5, 1, 1], [4, 12, 60, 60], [weight, x] + [None] * 8)
+    finally:
+        library.ggml_free(memory)
+    if found != expected:
+        pytest.fail(f"xllamacpp's ggml_tensor is laid out otherwise than tests/llamacpp_c.py knows: {found}")
+
+
+# llama.h, `struct llama_context_params`, by its defaults, in words of 32 bits: n_ctx, n_batch, n_ubatch and
+# n_seq_max, which it begins with; and from rope_scaling_type to abort_callback_data
+_FIRST = [512, 2048, 512, 1]
+_MINUS_ONE = -0x40800000  # the float
+_STRETCH = [-1] * 4 + [0, 0] + [_MINUS_ONE] * 4 + [0, _MINUS_ONE] + [0] * 4 + [1, 1] + [0] * 4
+_FLASH_ATTENTION, _CALLBACK, _TYPE_K, _TYPE_V = 3, 12, 16, 17
+_WORDS = 40
+
+
 _OnNode = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(_Tensor), ctypes.c_bool, ctypes.c_void_p)
 
 
 def _set(params: _Blob, on_node: Any = None) -> None:
     """fp32 for keys and values, no flash attention, and who looks at the nodes.
 
-    Fields are found by their defaults: type_k and type_v are fp16 (1, 1), before them are two null pointers,
-    the callback and its data, after them two more; flash attention is the last of four "automatic" words.
+    No header comes with the wheel. The fields are found by a stretch of defaults, from the four "automatic"
+    words, of which flash attention is the last, over the callback to the types of keys and values.
     """
-    words = ctypes.cast(ctypes.pointer(params), ctypes.POINTER(ctypes.c_int32))
-    (types,) = [
-        n
-        for n in range(18, 40)
-        if words[n] == words[n + 1] == 1 and not any(words[n - 4 : n] + words[n + 2 : n + 6])
-    ]
-    words[types] = words[types + 1] = 0
-    (automatic,) = [n for n in range(5, 18) if all(words[n - m] == -1 for m in range(4))]
-    words[automatic] = 0
+    words = list(ctypes.cast(ctypes.pointer(params), ctypes.POINTER(ctypes.c_int32))[:_WORDS])
+    starts = [n for n in range(_WORDS - len(_STRETCH)) if words[n : n + len(_STRETCH)] == _STRETCH]
+    if words[:4] != _FIRST or len(starts) != 1 or starts[0] % 2:
+        pytest.fail(
+            "xllamacpp's llama_context_params are laid out otherwise, or have other defaults, than "
+            f"tests/llamacpp_c.py knows (llama.h tells how): {words}"
+        )
+    (start,) = starts
+    address = ctypes.addressof(params) + 4 * start
+    for field in (_FLASH_ATTENTION, _TYPE_K, _TYPE_V):
+        ctypes.c_int32.from_address(address + 4 * field).value = 0
     if on_node:
-        address = ctypes.addressof(params) + 4 * (types - 4)
-        ctypes.c_void_p.from_address(address).value = ctypes.cast(on_node, ctypes.c_void_p).value
+        pointer = ctypes.c_void_p.from_address(address + 4 * _CALLBACK)
+        pointer.value = ctypes.cast(on_node, ctypes.c_void_p).value
 
 
 @contextlib.contextmanager
@@ -137,6 +190,9 @@ def _context(base: Path, on_node: Any = None) -> Iterator[tuple[Any, int, int]]:
 def _decode(library: Any, context: int, ids: list[int]) -> None:
     held = (ctypes.c_int32 * len(ids))(*ids)
     batch = library.llama_batch_get_one(held, len(ids))
+    own = ctypes.cast(batch.token, ctypes.c_void_p).value
+    if (batch.n_tokens, own, batch.logits) != (len(ids), ctypes.addressof(held), None):
+        pytest.fail("xllamacpp's llama_batch is laid out otherwise than tests/llamacpp_c.py knows")
     wanted = (ctypes.c_int8 * len(ids))(*[1] * len(ids))
     batch.logits = ctypes.cast(wanted, ctypes.c_void_p)
     assert library.llama_decode(context, batch) == 0

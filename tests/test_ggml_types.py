@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -281,3 +282,23 @@ def test_reading_needs_no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kind.decode(blocks).shape == weight.shape
     with pytest.raises(MissingDependencyError, match=r"needs numba.*qexport"):
         kind.encode(weight)
+
+
+def test_kernels_run_where_nothing_can_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = pytest.importorskip("numba")
+    from qexport.grids.ggml import compiled
+
+    real = numba.njit
+
+    def unkept(**options: Any) -> Any:
+        if options.pop("cache", False):
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(**options)
+
+    monkeypatch.setattr(compiled, "numba", SimpleNamespace(njit=unkept))
+
+    @compiled.compiled()
+    def twice(value: Any) -> Any:
+        return value + value
+
+    assert twice(2) == 4

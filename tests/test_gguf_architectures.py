@@ -20,6 +20,7 @@ from qexport.checkpoint.checkpoint import Checkpoint, open_directory
 from qexport.errors import CorruptFileError, UnsupportedModelError
 from qexport.formats.gguf.rows import BY_TYPE
 from qexport.formats.gguf.settings import computed_tensors, config_of, settings
+from qexport.formats.gguf.slabs import SlabReader, read_tensor, slabs_of
 from qexport.formats.gguf.tensors import COMPUTED, GgufTensor, Origin, gguf_tensors, origins, restore
 from qexport.modeling.skeleton import build_skeleton
 from tests.conftest import shared
@@ -142,7 +143,7 @@ def write(path: Path, out: Path) -> None:
     for name, tensor in computed_tensors(checkpoint.config).items():
         writer.add_tensor(name, tensor.numpy())
     for each in tensors:
-        value = each.read(checkpoint)
+        value = read_tensor(each, checkpoint)
         assert tuple(value.shape) == each.shape
         assert (value.dtype, value.is_contiguous()) == (torch.float32, True)
         writer.add_tensor(each.name, value.numpy())
@@ -290,12 +291,13 @@ def test_every_value_has_its_place(name: str, made: Callable[[str], Made]) -> No
     doubled = checkpoint.info("gpt_neox.embed_in.weight").numel if name == "gpt_neox_tied" else 0
     assert sum(int(np.prod(tensor.shape)) for tensor in tensors) == held + doubled
     assert len({tensor.name for tensor in tensors}) == len(tensors)
+    reader = SlabReader(checkpoint)
     for tensor in tensors:
-        whole = tensor.read(checkpoint)
-        pieces = list(tensor.slabs(checkpoint, 1000))
+        whole = read_tensor(tensor, checkpoint)
+        pieces = [reader.read(slab) for slab in slabs_of(tensor, 1000)]
         assert all(piece.numel() <= max(1000, tensor.shape[-1]) for piece in pieces)
-        rows = whole.shape[-2] if whole.dim() > 1 else len(whole)
-        per_expert = -(-rows // max(1, 1000 // whole.shape[-1])) if whole.dim() > 1 else 1
+        rows = whole.shape[-2] if whole.dim() > 1 else 1
+        per_expert = -(-rows // max(1, 1000 // whole.shape[-1]))
         assert len(pieces) == per_expert * (len(whole) if whole.dim() == 3 else 1)
         assert torch.equal(torch.cat([piece.reshape(-1) for piece in pieces]), whole.reshape(-1))
 
@@ -308,7 +310,7 @@ def test_rows_that_are_already_quantized_can_be_brought_to_order(tmp_path: Path)
         weight = checkpoint.read(f"model.layers.0.self_attn.{leaf}.weight").float()
         order = tensor.row_order()
         assert order is not None
-        assert torch.equal(tensor.read(checkpoint), weight[order])
+        assert torch.equal(read_tensor(tensor, checkpoint), weight[order])
         # by hand: rows 0 and 16 of a head of 32 are a rotary pair, and become neighbours
         assert order[:4].tolist() == [0, 16, 1, 17]
         assert (tensor.heads, tensor.order, tensor.kind) == (heads, "rotary", kind)
@@ -323,7 +325,7 @@ def test_experts_that_lie_fused_are_read_as_those_that_do_not(tmp_path: Path) ->
     )
     assert [tensor.name for tensor in one_by_one[1]] == [tensor.name for tensor in fused[1]]
     for left, right in zip(one_by_one[1], fused[1], strict=True):
-        assert torch.equal(left.read(one_by_one[0]), right.read(fused[0]))
+        assert torch.equal(read_tensor(left, one_by_one[0]), read_tensor(right, fused[0]))
     gate = next(tensor for tensor in fused[1] if tensor.kind == "ffn_up_exps")
     assert gate.shape == (4, 256, 128)
     assert [(p.expert, p.source_expert, p.rows) for p in gate.parts][1] == (1, 1, slice(256, 512))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +11,20 @@ from safetensors.torch import load_file, save_file
 
 from qexport.checkpoint.checkpoint import open_directory
 from qexport.checkpoint.safetensors_file import read_tensor
-from qexport.errors import AdapterError, NonFiniteError, OutputExistsError, SpecError
+from qexport.errors import AdapterError, NonFiniteError, SpecError
 from qexport.formats.gguf.container import read_header
 from qexport.merging.gguf_adapter import convert_adapter
 from qexport.merging.merge import merge
 from qexport.quantization.quantize import quantize
 from qexport.specs import MergeSpec, RtnSpec
-from tests.adapters import build_adapter, make_adapter, tiny_gpt2, tiny_llama, tiny_moe, tiny_qwen2
-from tests.conftest import shared
-from tests.llamacpp_c import base_gguf, llamacpp_logits
+from tests.adapters import build_adapter, make_adapter, tiny_llama, tiny_qwen2
+from tests.conftest import RunCli, shared
+from tests.llamacpp_c import BASES, base_gguf, llamacpp_logits
+from tests.test_staging import content, told_in_one_line
 from tests.tiny import edit_json, in_transformers, logits, tiny_adapter, tokens
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOKENS = tokens(1)
-
-
-BASES: dict[str, Callable[[Path], Path]] = {
-    "llama": tiny_llama,
-    "qwen2": tiny_qwen2,
-    "gpt2": tiny_gpt2,
-    "mixtral": partial(tiny_moe, model_type="mixtral"),
-    "qwen3_moe": partial(tiny_moe, model_type="qwen3_moe", norm_topk_prob=True),
-}
 
 
 @pytest.mark.parametrize(
@@ -234,14 +224,29 @@ def test_fp16_that_overflows_leaves_nothing(tmp_path: Path) -> None:
         convert_adapter(adapter, base, tmp_path / "out.gguf", dtype=torch.int8)
 
 
-def test_an_output_that_is_there(tmp_path: Path) -> None:
+def test_an_output_that_is_there(tmp_path: Path, cli: RunCli) -> None:
+    """With --overwrite a GGUF adapter takes the place of one, and of nothing else."""
     base = tiny_llama(tmp_path / "base")
     adapter = tiny_adapter(tmp_path / "a", base)
-    out = tmp_path / "out.gguf"
-    out.write_text("mine")
-    with pytest.raises(OutputExistsError, match="overwrite"):
-        convert_adapter(adapter, base, out)
-    assert out.read_text() == "mine"
+    out, model, mine = tmp_path / "out.gguf", base_gguf(base, tmp_path / "model.gguf"), tmp_path / "mine"
+    mine.write_text("mine")
+    before = content(tmp_path)
+    for place, reason in (
+        (adapter / "adapter_model.safetensors", f"is a file of the input {adapter}; choose another name"),
+        (adapter / "new.gguf", f"lies within the input {adapter}"),
+        (base / "model.safetensors", f"is a file of the input {base}"),
+        (model, "is no GGUF adapter; a file is replaced only by one of its kind"),
+        (mine, "is no GGUF adapter"),
+        (tmp_path, "is a directory; a name for one file, the GGUF adapter"),
+    ):
+        arguments = ("convert", adapter, "--to", "gguf-lora", "--base", base, "-o", place, "--overwrite")
+        assert reason in told_in_one_line(cli(*arguments)), place
+        assert content(tmp_path) == before
+    call = ("convert", f"{adapter}:0.5", "--to", "gguf-lora", "--base", base, "-o", out, "-q")
+    assert cli(*call) == (0, "", "")
+    made = out.read_bytes()
+    err = told_in_one_line(cli(*call))
+    assert err == f"error: {out} is there already; add --overwrite, or choose another name with -o\n"
+    assert out.read_bytes() == made
     assert convert_adapter(adapter, base, out, overwrite=True).pairs == 4
-    with pytest.raises(OutputExistsError, match="directory"):
-        convert_adapter(adapter, base, tmp_path, overwrite=True)
+    assert out.read_bytes() != made

@@ -121,3 +121,11 @@ def test_which_need_importance() -> None:
     assert not needs_importance(mix_of("q2_k"), "blk.0.ffn_up.weight", TYPES["q2_k"])
     assert not needs_importance(mix_of("iq3_xxs"), "token_embd.weight", TYPES["iq3_xxs"])
     assert not needs_importance(mix_of("iq3_s"), "blk.0.ffn_up.weight", TYPES["iq3_s"])
+
+
+def test_models_of_80_blocks_are_70b_if_keys_are_shared() -> None:
+    def value(architecture: str, kv_heads: int) -> str:
+        known = ModelFacts(architecture, 80, 64, kv_heads)
+        return tensor_type(mix_of("q4_k_m"), "blk.20.attn_v.weight", (1024, 8192), known).name
+
+    assert [value("llama", 8), value("llama", 64), value("qwen2", 8)] == ["q5_k", "q4_k", "q5_k"]

@@ -181,7 +181,8 @@ def test_several_types_of_one_read_are_those_of_several(wide: Path, text: Path, 
             assert file_of(alone).read_bytes() == file_of(together, number).read_bytes()
             assert alone.files[0] == together.files[number]
             modelfile = (alone.path / "Modelfile").read_text()
-            assert (together.path / f"Modelfile.wide-{name.upper()}").read_text() == modelfile
+            own = f"Modelfile.wide-{name.upper()}"
+            assert (together.path / own).read_text() == modelfile.replace("-f Modelfile", f"-f {own}")
             assert f"FROM ./wide-{name.upper()}.gguf\n" in modelfile
             _remove(alone.path)
         smallest = json.loads((together.path / "qexport.json").read_text())["figures"]["files"]
@@ -668,6 +669,32 @@ def test_a_name_that_llamacpp_takes_for_phi_3(llama: Path, tmp_path: Path) -> No
 
 
 # --- back, and from other formats --------------------------------------------------------------------
+
+
+def test_an_output_is_replaced_by_another(llama: Path, tmp_path: Path, cli: RunCli) -> None:
+    call = ["quantize", llama, "-o", tmp_path / "out", "--method", "gguf", "--overwrite", "--type"]
+    assert cli(*call, "q8_0,q4_0")[0] == 0
+    code, _, err = cli(*call, "q5_0")
+    assert code == 0, err
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "LICENSE",
+        "Modelfile",
+        "qexport.json",
+        f"{llama.name}-Q5_0.gguf",
+    }
+    (tmp_path / "out" / "mine.txt").write_text("x")
+    code, _, err = cli(*call, "q5_0")
+    assert code == 2
+    assert "mine.txt" in err
+
+
+def test_sizes_told_are_those_of_the_files(wide: Path, tmp_path: Path) -> None:
+    whole = make(wide, tmp_path / "whole", type="q8_0")
+    assert whole.files[0].size_bytes == file_of(whole).stat().st_size
+    split = make(wide, tmp_path / "split", type="q8_0", max_shard_size=200_000)
+    parts = list((tmp_path / "split").glob("*.gguf"))
+    assert len(parts) > 1
+    assert split.files[0].size_bytes == sum(part.stat().st_size for part in parts)
 
 
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])

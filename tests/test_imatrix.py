@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import struct
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import qexport
 from qexport.checkpoint.checkpoint import open_directory
 from qexport.errors import CheckpointNotFoundError, CorruptFileError, NonFiniteError, SpecError
 from qexport.events import Event, Noted
@@ -22,19 +24,16 @@ from qexport.grids.ggml.types import TYPES
 from qexport.modeling.calibration import CalibrationData, UsedSource
 from qexport.modeling.skeleton import build_skeleton
 from qexport.quantization import importance as importance_module
+from qexport.quantization.imatrix import make_imatrix
 from qexport.quantization.importance import gather_importance, layer_inputs
-from tests.adapters import tiny_gpt2, tiny_llama, tiny_moe, tiny_qwen2
-from tests.llamacpp_c import base_gguf, llamacpp_squares, open_by_ggml
+from qexport.quantization.quantize import quantize
+from qexport.specs import spec_of
+from tests.adapters import tiny_llama
+from tests.conftest import RunCli
+from tests.llamacpp_c import BASES, base_gguf, llamacpp_squares, open_by_ggml
+from tests.test_staging import content, told_in_one_line
 from tests.tiny import edit_weights, tokens
 from tests.zoo import VARIANTS, ZOO
-
-BASES: dict[str, Callable[[Path], Path]] = {
-    "llama": tiny_llama,
-    "qwen2": tiny_qwen2,
-    "gpt2": tiny_gpt2,
-    "mixtral": partial(tiny_moe, model_type="mixtral"),
-    "qwen3_moe": partial(tiny_moe, model_type="qwen3_moe", norm_topk_prob=True),
-}
 
 
 def gathered(model: Path, windows: torch.Tensor, *, head: bool = False, **options: Any) -> ImportanceMatrix:
@@ -262,8 +261,8 @@ def test_a_file_that_is_cut_short(form: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "found"),
     [
-        (struct.pack("<i", 0), "it has 0 entries"),
-        (struct.pack("<i", -1), "it has -1 entries"),
+        (struct.pack("<i", 0), "is no importance matrix"),
+        (struct.pack("<i", -1), "is no importance matrix"),
         (struct.pack("<ii", 1, 1 << 30), "should take 1073741824 bytes"),
         (struct.pack("<ii", 1, -5), "should take -5 bytes"),
         (struct.pack("<ii1sii", 1, 1, b"a", 1, (1 << 31) - 1), "should take 8589934588 bytes"),
@@ -307,3 +306,95 @@ def test_a_model_is_no_importance_matrix(tmp_path: Path) -> None:
     base = base_gguf(tiny_llama(tmp_path / "base"), tmp_path / "base.gguf")
     with pytest.raises(CorruptFileError, match="is no importance matrix"):
         read_imatrix(base)
+
+
+@pytest.fixture
+def gather(cli: RunCli, text: Path) -> Callable[..., tuple[int, str, str]]:
+    def call(model: Path, out: Path, *options: str) -> tuple[int, str, str]:
+        small = ("--calibration", text, "--samples", "2", "--sequence-length", "16")
+        return cli("imatrix", model, "-o", out, *small, *options)
+
+    return call
+
+
+def test_an_output_that_is_an_input_or_another_file(
+    llama: Path, tmp_path: Path, gather: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Nothing of a model is replaced by an importance matrix, whatever --overwrite says."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    alias, linked, dangling = tmp_path / "alias", tmp_path / "linked.gguf", tmp_path / "dangling"
+    alias.symlink_to(model)
+    dangling.symlink_to("nowhere")
+    write_imatrix(small_matrix(), tmp_path / "other.gguf")
+    linked.symlink_to("other.gguf")
+    whole = base_gguf(llama, tmp_path / "model.gguf")
+    notes, pipe = tmp_path / "notes.dat", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    notes.write_text("years of work")
+    before = content(tmp_path)
+    for out, reason in (
+        (model, f"the output {model} is the input {model}; choose another name with -o"),
+        (model / "config.json", f"is a file of the input {model}"),
+        (model / "model.safetensors", f"is a file of the input {model}"),
+        (model / "new.gguf", f"lies within the input {model}"),
+        (alias / "config.json", f"is a file of the input {model}"),
+        (tmp_path, "is a directory; a name for one file, the importance matrix"),
+        (notes, "is no importance matrix; a file is replaced only by one of its kind"),
+        (whole, "is no importance matrix"),
+        (linked, "is there already and is a link"),
+        (dangling, "is there already and is a link"),
+        (pipe, "is there already and is no regular file"),
+        (notes / "m.gguf", "cannot write"),
+        (tmp_path / ("n" * 300), "cannot write"),
+    ):
+        err = told_in_one_line(gather(model, out, "--overwrite"))
+        assert reason in err, out
+        assert str(out) in err
+        assert content(tmp_path) == before
+    assert linked.is_symlink()
+    err = told_in_one_line(gather(alias, model / "config.json", "--overwrite"))
+    assert f"is a file of the input {alias}" in err
+    assert content(tmp_path) == before
+
+
+def test_a_gguf_model_is_not_replaced_by_its_own_importance(
+    llama: Path, tmp_path: Path, gather: Callable[..., tuple[int, str, str]]
+) -> None:
+    """A GGUF file is unpacked into a directory of links; the file behind them is the input all the same."""
+    spec = spec_of("gguf", type="f16", max_shard_size=200_000)
+    quantize(llama, tmp_path / "split", spec)
+    first, *others = sorted((tmp_path / "split").glob("*.gguf"))
+    assert others, "the model lies in several files"
+    before = content(tmp_path)
+    for out, reason in (
+        (first, f"the output {first} is the input {first}"),
+        (others[-1], f"the output {others[-1]} is a file of the input {first}"),
+    ):
+        assert reason in told_in_one_line(gather(first, out, "--overwrite"))
+        assert content(tmp_path) == before
+    assert "lies within" in told_in_one_line(gather(first.parent, first.parent / "new.gguf"))
+    assert content(tmp_path) == before
+    assert gather(first, first.parent / "new.gguf", "-q") == (0, "", "")  # beside the file that was named
+    assert read_imatrix(first.parent / "new.gguf").entries
+
+
+@pytest.mark.parametrize("form", ["m.gguf", "m.dat"])
+def test_an_importance_matrix_may_be_replaced(
+    llama: Path, tmp_path: Path, gather: Callable[..., tuple[int, str, str]], form: str
+) -> None:
+    out = tmp_path / "deep" / "er" / form
+    assert gather(llama, out, "-q") == (0, "", "")
+    assert read_imatrix(out).datasets == ("text.txt",)  # not where the text lies
+    made = out.read_bytes()
+    err = told_in_one_line(gather(llama, out))
+    assert err == f"error: {out} is there already; add --overwrite, or choose another name with -o\n"
+    write_imatrix(small_matrix(), out)
+    assert gather(llama, out, "-q", "--overwrite") == (0, "", "")
+    assert out.read_bytes() == made
+    out.write_bytes(b"")
+    assert gather(llama, out, "-q", "--overwrite") == (0, "", "")
+    assert [file.read_bytes() for file in out.parent.iterdir()] == [made]
+
+
+def test_the_verb_in_python() -> None:
+    assert qexport.imatrix is make_imatrix

@@ -15,7 +15,7 @@ from qexport.errors import SpecError
 from qexport.ollama import chat_rendering
 from qexport.ollama.chat_families import FAMILIES
 from qexport.ollama.chat_reading import assistant, fold, system, user
-from qexport.ollama.modelfile import LONGEST_CONTEXT, ModelfileResult, SpecialTokens, modelfile
+from qexport.ollama.modelfile import LONGEST_CONTEXT, ChatTokens, ModelfileResult, modelfile
 from tests.chat_templates import PUBLISHED, Published
 from tests.go_template import GoTemplateError, ollama_text
 from tests.modelfile_grammar import ModelfileError, parse_modelfile
@@ -39,7 +39,7 @@ DATES = {"Llama 3.2": "%d %b %Y", "Granite 3.1": "%B %d, %Y"}
 @cache
 def made(name: str) -> ModelfileResult:
     published = BY_NAME[name]
-    tokens = SpecialTokens(published.bos, published.eos, adds_bos=bool(published.bos))
+    tokens = ChatTokens(published.bos, published.eos, adds_bos=bool(published.bos))
     return modelfile("model.gguf", published.template, tokens, {})
 
 
@@ -142,10 +142,10 @@ def test_stop_texts() -> None:
 
 def test_a_bos_that_nobody_else_adds_stays_in_the_template() -> None:
     published = BY_NAME["Llama 3"]
-    kept = modelfile("m.gguf", published.template, SpecialTokens(published.bos, published.eos), {})
+    kept = modelfile("m.gguf", published.template, ChatTokens(published.bos, published.eos), {})
     assert ours(kept, TURNS).startswith(published.bos)
     assert ours(kept, TURNS) == published.bos + theirs(published, TURNS)
-    added = SpecialTokens("<s>", "<|im_end|>", adds_bos=True)
+    added = ChatTokens("<s>", "<|im_end|>", adds_bos=True)
     told = modelfile("m.gguf", BY_NAME["Qwen2"].template, added, {}).notes
     assert any("puts <s> before the text" in note for note in told)
 
@@ -175,7 +175,7 @@ def test_every_named_family_is_tried() -> None:
     ],
 )
 def test_another_shape_has_no_template_made_up(template: str, reason: str) -> None:
-    result = modelfile("m.gguf", template, SpecialTokens(eos="</s>"), {"temperature": 0.5})
+    result = modelfile("m.gguf", template, ChatTokens(eos="</s>"), {"temperature": 0.5})
     assert result.template is None
     assert result.family is None
     (note,) = result.notes
@@ -199,14 +199,14 @@ def test_a_template_that_never_ends_or_eats_memory_is_stopped(
 ) -> None:
     monkeypatch.setattr(chat_rendering, "TIME_LIMIT_S", 1.0)
     started = time.monotonic()
-    result = modelfile("m.gguf", template, SpecialTokens(), {})
+    result = modelfile("m.gguf", template, ChatTokens(), {})
     assert time.monotonic() - started < 5
     assert result.template is None
     assert "not translated" in result.notes[0]
 
 
 def test_without_a_chat_template_the_words_are_sent_as_they_are() -> None:
-    result = modelfile("base.gguf", None, SpecialTokens("<s>", "</s>", adds_bos=True), {})
+    result = modelfile("base.gguf", None, ChatTokens("<s>", "</s>", adds_bos=True), {})
     assert result.template == "{{ .Prompt }}"
     assert ours(result, [user("Once upon a time")]) == "Once upon a time"
     assert "no chat template" in result.notes[0]
@@ -224,7 +224,7 @@ def test_parameters_come_from_the_generation_config() -> None:
         "max_length": 99,
         "stop_strings": ["\nUser:", "Observation:", "</s>"],
     }
-    tokens = SpecialTokens("<s>", "</s>", ends=("<|eot|>", "</s>"))
+    tokens = ChatTokens("<s>", "</s>", ends=("<|eot|>", "</s>"))
     result = modelfile("m.gguf", None, tokens, config, context_length=131072)
     commands = parse_modelfile(result.text)[2:]
     assert commands == [
@@ -240,13 +240,13 @@ def test_parameters_come_from_the_generation_config() -> None:
 
 @pytest.mark.parametrize("value", ["hot", True, float("nan"), -1, [0.7]])
 def test_a_senseless_parameter_is_left_out_and_told(value: object) -> None:
-    result = modelfile("m.gguf", None, SpecialTokens(), {"temperature": value})
+    result = modelfile("m.gguf", None, ChatTokens(), {"temperature": value})
     assert "PARAMETER" not in result.text
     assert any("temperature" in note for note in result.notes)
 
 
 def test_files_adapter_and_licence() -> None:
-    tokens = SpecialTokens()
+    tokens = ChatTokens()
     text = 'MIT "License"\n\n# not a comment\n\tAS IS,\xa0"""'
     result = modelfile("my model q4.gguf", None, tokens, {}, adapter="lo ra.gguf ", license_text=text)
     assert ("from", "./my model q4.gguf") in parse_modelfile(result.text)
@@ -274,7 +274,7 @@ def test_marks_that_a_template_or_a_modelfile_would_misread_are_escaped() -> Non
         "{{% else %}}{{{{ {c} + m.content + {d} }}}}{{% endif %}}{{% endfor %}}"
         "{{% if add_generation_prompt %}}{{{{ {c} }}}}{{% endif %}}"
     ).format(**quoted)
-    result = modelfile("m.gguf", template, SpecialTokens(), {})
+    result = modelfile("m.gguf", template, ChatTokens(), {})
     question, answer, again = (turn["content"] for turn in TURNS)
     assert ours(result, [SYSTEM, *TURNS]) == (
         f"{before}{SYSTEM['content']}{after}{start}{question}{end}{begin}{answer}{finish}{start}{again}{end}{begin}"

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qexport
-from qexport.checkpoint.staging import StagedDirectory, write_file_atomically
+from qexport.checkpoint.staging import StagedDirectory, check_target_file, whole_file, write_file_atomically
 from qexport.errors import OutputExistsError, StorageError
 from qexport.events import Advanced, Event, Finished, Noted, Started
 from qexport.specs import ShardSpec
@@ -461,3 +461,50 @@ def test_a_small_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot write"):
         write_file_atomically(path, "x")
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_that_fails_takes_its_directories_back(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "m.gguf"
+    with pytest.raises(TypeError), whole_file(path) as file:
+        file.writelines([b"half", "no bytes"])  # type: ignore[list-item]
+    assert list(tmp_path.iterdir()) == []
+    mask = os.umask(0o027)
+    try:
+        with whole_file(path) as file:
+            file.write(b"whole")
+            assert not path.exists()
+    finally:
+        os.umask(mask)
+    assert content(tmp_path) == {"deep/er/m.gguf": b"whole"}
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_is_an_input_behind_links(tmp_path: Path) -> None:
+    """As in the Hub's cache, whose snapshots are links to files elsewhere."""
+    blob, model = tmp_path / "blobs" / "abc", tmp_path / "snapshot"
+    blob.parent.mkdir()
+    model.mkdir()
+    blob.write_text("x")
+    (model / "model.safetensors").symlink_to(blob)
+
+    def check(target: Path, overwrite: bool = True) -> None:
+        check_target_file(target, "text", lambda _: True, overwrite=overwrite, sources=[model])
+
+    for target in (blob, blob.parent / ".." / "blobs" / "abc"):
+        with pytest.raises(OutputExistsError, match="is a file of the input"):
+            check(target)
+    other = tmp_path / "other"
+    check(other, overwrite=False)
+    other.write_text("x")
+    check(other)
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        check(other, overwrite=False)
+    assert not (tmp_path / "deep").exists()
+    check(tmp_path / "deep" / "er" / "new")
+    assert not (tmp_path / "deep").exists(), "a check makes nothing"
+
+
+def test_a_file_on_a_read_only_disk_is_refused_before_the_work(tiny_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(tiny_disk)], check=True)
+    with pytest.raises(StorageError, match=f"no permission to write {tiny_disk}"):
+        check_target_file(tiny_disk / "deep" / "m.gguf", "text", lambda _: True)

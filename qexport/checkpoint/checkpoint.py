@@ -12,7 +12,7 @@ import torch
 
 from qexport.checkpoint.disk import exists, is_file, read_errors
 from qexport.checkpoint.gguf_files import gguf_files, reader
-from qexport.checkpoint.safetensors_file import StoredTensor, iter_values, read_header, read_tensor
+from qexport.checkpoint.safetensors_file import StoredTensor, iter_values, read_header, read_rows, read_tensor
 from qexport.checkpoint.sharding import INDEX_FILE, SINGLE_FILE
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.ties import Tie, embedding_name, head_name, tie_of
@@ -55,6 +55,10 @@ class PlainDecoder:
     def read(self, name: str) -> torch.Tensor:
         """The stored tensor."""
         return read_tensor(self.stored[name])
+
+    def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Rows `begin` to `end` of it, along its first side."""
+        return read_rows(self.stored[name], begin, end)
 
     def is_quantized(self, name: str) -> bool:
         """Nothing is."""
@@ -104,6 +108,17 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """A full-precision tensor, in memory of its own; either name of a tied pair will do."""
         return self.decoder.read(self._stored_name(name))
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether `read_rows` reads no more than the rows."""
+        return isinstance(self.decoder, PlainDecoder)
+
+    def read_rows(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """Rows `begin` to `end` of a full-precision tensor, along its first side."""
+        if isinstance(self.decoder, PlainDecoder):
+            return self.decoder.read_rows(self._stored_name(name), begin, end)
+        return self.read(name)[begin:end]
 
     def is_quantized(self, name: str) -> bool:
         """Whether the tensor lies in the file as codes."""

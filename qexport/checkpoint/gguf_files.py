@@ -1,4 +1,4 @@
-"""Models in GGUF files: found here, read by `qexport.formats.gguf`.
+"""Models in GGUF files on disk: found here, read by `qexport.formats.gguf`.
 
 The reader needs ggml's grids and the architectures, which lie above this room; it is looked up by its path
 when such a file is met. A file becomes a directory of small files with a link to it (`unpack`), which
@@ -54,7 +54,10 @@ def is_gguf(path: Path) -> bool:
 
 
 def gguf_files(directory: Path) -> list[Path]:
-    """The GGUF files in a directory that holds no weights of another form, sorted."""
+    """The GGUF files in a directory, sorted; its subdirectories are not looked into.
+
+    None where safetensors, a pickle or an adapter lie beside them, and for what is no directory.
+    """
     if not exists(directory) or not directory.is_dir():
         return []
     found = sorted(file for file in directory.glob(PATTERN) if file.is_file())
@@ -62,17 +65,22 @@ def gguf_files(directory: Path) -> list[Path]:
 
 
 def unpacked(path: Path) -> Path:
-    """The directory that stands for a GGUF model; any other path as it is."""
+    """The directory that stands for a GGUF file, or for the model in a directory of such files.
+
+    Any other path as it is, one that stands for a file already too. Raises as `Reader.unpack`.
+    """
     if str(path) in _given or not (is_gguf(path) or gguf_files(path)):
         return path
     directory = reader().unpack(path)
+    place = path if path.is_dir() else path.parent
+    for link in gguf_files(directory):
+        _given[str(link)] = str(place / link.readlink().name)
     _given[str(directory)] = str(path)
     return directory
 
 
 def in_the_users_words(message: str) -> str:
-    """A text with what the user named in place of the directories that stand for it."""
-    for directory, source in _given.items():
-        own = f"{directory}/{Path(directory).name}"  # the link to a file alone
-        message = message.replace(own, source).replace(directory, source)
+    """A text with the user's own paths in place of the directories that stand for them, and of the links."""
+    for made in sorted(_given, key=len, reverse=True):  # a link before its directory
+        message = message.replace(made, _given[made])
     return message

@@ -42,7 +42,7 @@ class Recipe:
     @property
     def key(self) -> str:
         """Hash of the recipe, of qexport's version and of the packages': equal keys, equal outputs."""
-        installed = installed_versions()
+        installed = installed_versions(self.packages)
         versions = {package: installed.get(package) for package in self.packages}
         content = {**asdict(self), "qexport": __version__, "versions": versions}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -70,17 +70,17 @@ class Manifest:
             "qexport": __version__,
             "key": self.recipe.key,
             "recipe": asdict(self.recipe),
-            "versions": installed_versions(),
+            "versions": installed_versions(self.recipe.packages),
             "figures": plain(self.figures),
             "files": {name: asdict(record) for name, record in sorted(self.files.items())},
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def installed_versions() -> dict[str, str]:
-    """Versions of Python and of the packages whose arithmetic an output depends on."""
+def installed_versions(packages: Sequence[str] = ()) -> dict[str, str]:
+    """Versions of Python and of the packages whose arithmetic outputs depend on, `packages` among them."""
     versions = {"python": platform.python_version()}
-    for package in _REPORTED:
+    for package in dict.fromkeys((*_REPORTED, *packages)):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from qexport.checkpoint.checkpoint import Checkpoint, open_directory
+from qexport.checkpoint.gguf_files import gguf_files
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.manifest import Recipe, fingerprint
+from qexport.checkpoint.safetensors_file import read_tensor
 from qexport.checkpoint.sidecars import sidecars_of
+from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.writer import CheckpointWriter
+from qexport.errors import SpecError
 from qexport.events import Advanced, Finished, OnEvent, Started, ignore
 from qexport.specs import ShardSpec
 
@@ -28,22 +32,25 @@ def shard(
 ) -> Checkpoint:
     """Writes `source` again in files of at most `spec.max_shard_size` bytes of tensors each.
 
-    Tensors are copied as they are stored, quantized ones too, but those of a GGUF decoded; a tied pair is
-    written once, under the embedding's name. The input is not changed.
+    Tensors are copied as they are stored, quantized ones too; a tied pair is written once, under
+    the embedding's name. The input is not changed.
 
-    Raises InputError for a source that cannot be read, OutputExistsError, StorageError.
+    Raises InputError for a source that cannot be read, SpecError for a GGUF, OutputExistsError, StorageError.
     """
     spec = spec or ShardSpec()
     path = resolve(source)
+    if gguf_files(path):
+        raise SpecError(
+            f"{source} is a GGUF, which shard would have to decode",
+            remedy="a GGUF is cut into parts when it is written: qexport quantize --method gguf "
+            "--max-shard-size SIZE; qexport convert makes safetensors of it",
+        )
     checkpoint = open_directory(path)
-    names = list(checkpoint.names())
-    config = dict(checkpoint.config)
-    if any(map(checkpoint.is_quantized, names)):  # decoded on the way
-        config.pop("quantization_config", None)
+    infos = [TensorInfo(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.stored.items()]
     with CheckpointWriter(
         Path(out),
-        [checkpoint.info(name) for name in names],
-        config=config,
+        infos,
+        config=checkpoint.config,
         recipe=lambda: shard_recipe(path, spec),
         max_shard_size=spec.max_shard_size,
         sidecars=sidecars_of(path),
@@ -52,9 +59,9 @@ def shard(
         on_event=on_event,
     ) as writer:
         on_event(Started("shard", writer.plan.size, "bytes"))
-        for name in names:
-            writer.write(name, checkpoint.read(name))
-            on_event(Advanced(checkpoint.info(name).size, name))
+        for name, tensor in checkpoint.stored.items():
+            writer.write(name, read_tensor(tensor))
+            on_event(Advanced(tensor.size, name))
         on_event(Finished())
         writer.figures["shards"] = len(writer.plan.shards)
     return open_directory(Path(out))

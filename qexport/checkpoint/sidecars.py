@@ -31,6 +31,8 @@ PATTERNS = (
 # what else a model directory of ours or of transformers holds
 _MODEL_FILES = (
     "*.safetensors",
+    "*.gguf",
+    "Modelfile*",
     "*.safetensors.index.json",
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",

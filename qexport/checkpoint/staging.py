@@ -1,4 +1,4 @@
-"""An output directory appears under its name only when it is whole.
+"""An output, a directory or a single file, appears under its name only when it is whole.
 
 Work goes into a hidden directory beside the target (same file system, so that the last step is a
 rename). Whatever happens before that rename, an error, Ctrl-C, kill -9, leaves nothing under the
@@ -9,14 +9,16 @@ whose lock is free was left by a process that died, and the next run into the sa
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from qexport.checkpoint.disk import write_errors
 from qexport.checkpoint.sidecars import strangers
@@ -57,9 +59,7 @@ class StagedDirectory:
             shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.close(self._lock)
-        for parent in self._made_parents:  # the deepest first; one that holds anything stays
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        _remove_empty(self._made_parents)
 
     def commit(self) -> None:
         """Gives the directory its final name. The only step that a reader can see."""
@@ -105,6 +105,13 @@ def _make_parents(parent: Path) -> list[Path]:
     for directory in reversed(missing):
         directory.mkdir(exist_ok=True)
     return missing
+
+
+def _remove_empty(made: Sequence[Path]) -> None:
+    """Takes back what `_make_parents` made; a directory that holds anything stays."""
+    for parent in made:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
 
 
 def require_space(target: Path, size: int) -> None:
@@ -167,6 +174,62 @@ def check_target(target: Path, *, overwrite: bool = False, sources: Sequence[Pat
             expected="a directory is replaced only when all in it belongs to a model, lest something be lost",
             remedy="move that away, or choose another place with -o",
         )
+
+
+def check_target_file(
+    target: Path,
+    kind: str,
+    is_kind: Callable[[Path], bool],
+    *,
+    overwrite: bool = False,
+    sources: Sequence[Path] = (),
+) -> None:
+    """Raises OutputExistsError when a file must not be made, or made anew, under the target's name.
+
+    `sources` are the inputs, files and directories: none of them, nothing within them and nothing that they
+    link to is written to. What lies there is replaced when `overwrite` and `is_kind` say so: a file of the
+    same `kind` ("importance matrix"), or an empty one. Raises StorageError where nothing can be written.
+    """
+    final = Path(os.path.abspath(target))  # noqa: PTH100 - lexical: `..` of a link is not followed
+    elsewhere = "choose another name with -o"
+    with write_errors(target):
+        resolved = final.resolve()
+        for source in sources:
+            own = source.resolve()
+            # a GGUF model's directory has links to its files, one of the Hub's cache too
+            linked = [file.resolve() for file in own.iterdir()] if own.is_dir() else []
+            if resolved == own or resolved in linked or own in resolved.parents:
+                how = "is" if resolved == own else "is a file of" if resolved in linked else "lies within"
+                raise OutputExistsError(f"the output {target} {how} the input {source}", remedy=elsewhere)
+        if final.is_dir():
+            raise OutputExistsError(
+                f"{target} is a directory", expected=f"a name for one file, the {kind}", remedy=elsewhere
+            )
+        if final.is_symlink() or (final.exists() and not final.is_file()):
+            what = "a link" if final.is_symlink() else "no regular file"
+            raise OutputExistsError(f"{target} is there already and is {what}", remedy=elsewhere)
+        if not final.exists():
+            _require_writable(final.parent)
+            return
+        if not overwrite:
+            raise OutputExistsError(f"{target} is there already", remedy=f"add --overwrite, or {elsewhere}")
+        if final.stat().st_size and not is_kind(final):
+            raise OutputExistsError(
+                f"{target} is there already and is no {kind}",
+                expected="a file is replaced only by one of its kind, lest something else be lost",
+                remedy=elsewhere,
+            )
+        _require_writable(final.parent)
+
+
+def _require_writable(parent: Path) -> None:
+    """Raises OSError now rather than after an hour, when no file can be made in a directory to be made."""
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(parent))
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(parent))
 
 
 def _locked_directory(final: Path, kind: str) -> tuple[Path, int]:
@@ -235,18 +298,33 @@ def _sync(directory: Path) -> None:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, beside `path`; it takes that name, and the place of what is there, at the end.
+
+    An error within leaves what was there. Missing directories above it are made. Raises StorageError.
+    """
+    with write_errors(path):
+        made_parents = _make_parents(path.absolute().parent)
+        try:
+            descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+            made = Path(name)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+                made.chmod(0o666 & ~_umask())  # mkstemp's are private
+                made.replace(path)
+            except BaseException:
+                made.unlink(missing_ok=True)
+                raise
+        finally:
+            _remove_empty(made_parents)
+
+
 def write_file_atomically(path: Path, content: str) -> None:
     """Writes a small text file whole or not at all."""
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o666 & ~_umask())
-            Path(name).replace(path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    encoded = content.encode("utf-8")
+    with whole_file(path) as file:
+        file.write(encoded)

@@ -29,6 +29,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def _encodable(text: str) -> str:
+    """`text` with the bytes of file names that are no UTF-8 escaped, as JSON escapes them too."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _in_the_users_words(data: Any) -> Any:
+    """`in_the_users_words` of every string in data of JSON's kinds: within JSON a path is escaped."""
+    if isinstance(data, str):
+        return in_the_users_words(data)
+    if isinstance(data, dict):
+        return {_in_the_users_words(key): _in_the_users_words(value) for key, value in data.items()}
+    return [_in_the_users_words(value) for value in data] if isinstance(data, list) else data
+
+
 @dataclass(frozen=True)
 class Output:
     """How a command speaks."""
@@ -41,10 +55,11 @@ class Output:
         if self.json:
             self._json(data)
         elif not self.quiet:
-            click.echo(in_the_users_words(text))
+            click.echo(_encodable(in_the_users_words(text)))
 
     def _json(self, data: dict[str, Any]) -> None:
-        click.echo(in_the_users_words(json.dumps(plain(data), ensure_ascii=False, allow_nan=False)))
+        told = json.dumps(_in_the_users_words(plain(data)), ensure_ascii=False, allow_nan=False)
+        click.echo(_encodable(told))
 
     def table(
         self,
@@ -54,7 +69,7 @@ class Output:
         data: dict[str, Any],
     ) -> None:
         """A result with rows: a table on a terminal, tab-separated lines elsewhere, or JSON."""
-        rows = [[in_the_users_words(cell) for cell in row] for row in rows]
+        rows = [[printable(cell) for cell in row] for row in rows]
         if self.json:
             self._json(data)
         elif self.quiet:
@@ -131,7 +146,7 @@ class _ProgressListener:
         elif isinstance(event, Finished):
             self._progress.remove_task(self._task)
         else:
-            self._progress.console.print(f"note: {event.text}", markup=False, highlight=False)
+            self._progress.console.print(f"note: {printable(event.text)}", markup=False, highlight=False)
 
 
 def _rich_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

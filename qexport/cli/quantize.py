@@ -55,7 +55,7 @@ def quantize(
                   rtn   round to nearest, GPTQ's format
                   hqq   half-quadratic zeros, HQQ's format
                   mlx   searched scales, MLX
-                  gguf  llama.cpp's types and mixes; with --imatrix or --calibration weighed by importance
+                  gguf  llama.cpp's types; by importance with --calibration
     calibrated:   gptq  error feedback, GPTQ's format
                   awq   activation-aware scales, AWQ's format
     """

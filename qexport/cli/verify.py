@@ -138,7 +138,7 @@ def _show_runtimes(out: Output, checks: list[RuntimeCheck]) -> None:
             _layers(check),
             str(len(check.missing)),
             str(len(check.unexpected)),
-            "" if check.difference is None else f"{check.difference:.1e}",
+            "" if check.difference is None else f"{check.difference:.1e} (may be {check.tolerance:g})",
             "" if check.same_top is None else f"{100 * check.same_top:.1f} %",
         )
         for check in checks

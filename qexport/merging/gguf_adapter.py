@@ -8,13 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from qexport.checkpoint.checkpoint import Checkpoint
-from qexport.errors import AdapterError, OutputExistsError, first_of
+from qexport.checkpoint.checkpoint import Checkpoint, local_path
+from qexport.checkpoint.staging import check_target_file
+from qexport.errors import AdapterError, InputError, first_of
 from qexport.events import Noted, OnEvent, ignore
+from qexport.formats.gguf.container import read_header
 from qexport.formats.gguf.lora import LoraPair, adapter_metadata, check_dtype, write_lora
 from qexport.formats.gguf.rows import row_of
 from qexport.formats.gguf.tensors import GgufTensor, Part, gguf_tensors
@@ -83,14 +86,20 @@ def convert_adapter(
     """
     check_dtype(dtype)
     out = Path(out)
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise OutputExistsError(
-            f"{out} is " + ("a directory" if out.is_dir() else "there already"),
-            remedy="choose another name with -o" + ("" if out.is_dir() else ", or add --overwrite"),
-        )
     opened = open_adapter(adapter)
     _require_lora(opened)
-    checkpoint = open_checkpoint(_base_of(opened) if base is None else base)
+    base = _base_of(opened) if base is None else base
+    checkpoint = open_checkpoint(base)
+    given = local_path(base)
+    check_out = partial(
+        check_target_file,
+        out,
+        "GGUF adapter",
+        _is_gguf_adapter,
+        overwrite=overwrite,
+        sources=[opened.path, checkpoint.path] if given is None else [opened.path, given, checkpoint.path],
+    )
+    check_out()
     require_finite_adapter(opened)
     book = EditBook(opened, checkpoint, Names(checkpoint))
     add_lora(book)
@@ -106,8 +115,16 @@ def convert_adapter(
     metadata = adapter_metadata(row_of(skeleton.model_type).arch, alpha, opened.path.name, opened.base_name)
     pairs = (_pair(tensor, book, opened.weight, alpha) for tensor in changed)
     shapes = [(tensor.name, *_pair_shapes(tensor, book)) for tensor in changed]
+    check_out()  # somebody may have put something there since
     size = write_lora(out, metadata, shapes, pairs, dtype)
     return ConvertedAdapter(out, len(changed), size, alpha)
+
+
+def _is_gguf_adapter(path: Path) -> bool:
+    try:
+        return read_header(path).plain().get("general.type") == "adapter"
+    except InputError:
+        return False
 
 
 def _base_of(adapter: Adapter) -> str:

@@ -32,7 +32,7 @@ _PARAMETERS: tuple[tuple[str, str, type, float, float], ...] = (
 
 
 @dataclass(frozen=True)
-class SpecialTokens:
+class ChatTokens:
     """A tokenizer's special tokens as texts; an empty text is none.
 
     `ends` are the tokens beside `eos` that end a turn (generation_config's other EOS, EOT, EOM). `adds_bos`
@@ -65,18 +65,20 @@ class ModelfileResult:
 def modelfile(
     gguf_files: str | Sequence[str],
     chat_template: str | None,
-    tokens: SpecialTokens,
+    tokens: ChatTokens,
     generation_config: Mapping[str, Any],
     *,
     context_length: int | None = None,
     adapter: str | None = None,
     license_text: str | None = None,
+    name: str = "Modelfile",
 ) -> ModelfileResult:
     """The Modelfile for a GGUF (its file's name, or its shards' in order) that lies in the same directory.
 
     `chat_template` is the tokenizer's (jinja), translated where its markup can be read off what it writes;
     where not, no TEMPLATE is made up, and the notes say so. `generation_config` is generation_config.json;
-    `context_length` what the model was made for; `adapter` a LoRA's GGUF in the same directory. Raises
+    `context_length` what the model was made for; `adapter` a LoRA's GGUF in the same directory; `name` is the
+    file's own. Raises
     SpecError for a file name that a Modelfile cannot hold.
     """
     files = [gguf_files] if isinstance(gguf_files, str) else list(gguf_files)
@@ -99,13 +101,13 @@ def modelfile(
     if license_text is not None and license_text.strip():
         lines += _license(license_text, notes)
     comments = [f"# {' '.join(note.split())}" for note in notes]
-    head = ["# For Ollama: `ollama create NAME -f Modelfile`, in this directory.", *comments, ""]
+    head = [f"# For Ollama: `ollama create NAME -f {name}`, in this directory.", *comments, ""]
     family = None if reading is None else family_name(reading)
     return ModelfileResult("\n".join([*head, *lines, ""]), template, family, tuple(notes))
 
 
 def _template(
-    chat_template: str | None, tokens: SpecialTokens, notes: list[str]
+    chat_template: str | None, tokens: ChatTokens, notes: list[str]
 ) -> tuple[str | None, Reading | None]:
     """The TEMPLATE and the reading that it was made from; adds what there is to say to `notes`."""
     if not chat_template or not chat_template.strip():
@@ -125,7 +127,7 @@ def _template(
     return go_template(reading), reading
 
 
-def _differences(reading: Reading, chat_template: str, tokens: SpecialTokens) -> list[str]:
+def _differences(reading: Reading, chat_template: str, tokens: ChatTokens) -> list[str]:
     """Where Ollama cannot, or does not, write what the chat template does."""
     told = {
         "the chat template refuses a system message: it is put before the first user's words": reading.folded,
@@ -159,7 +161,7 @@ def _file(name: str) -> str:
 
 
 def _stops(
-    reading: Reading | None, tokens: SpecialTokens, config: Mapping[str, Any], notes: list[str]
+    reading: Reading | None, tokens: ChatTokens, config: Mapping[str, Any], notes: list[str]
 ) -> list[str]:
     """The texts that end an answer, each once; those that no Modelfile can hold are told."""
     given = config.get("stop_strings") or []

@@ -287,7 +287,7 @@ def _file_result(plan: GgufPlan, number: int, model: PlannedModel) -> GgufFileRe
     parameters = sum(plan.checkpoint.info(name).numel for name in plan.checkpoint.names())
     kinds = Counter(tensor.type.name for tensor in model.tensors)
     return GgufFileResult(
-        model.files()[0].name,
+        model.files[0].name,
         plan.variants[number].mix.name,
         model.size,
         round(8 * model.size / parameters, 4),

@@ -10,10 +10,10 @@ from qexport.formats.gguf.mixes import Mix, fallback, needs_importance, quantiza
 from qexport.grids.ggml.grid import GgmlGrid
 from qexport.grids.ggml.types import TYPES, BlockType, block_type
 from qexport.quantization.choice import require_match
-from qexport.specs import METHODS, AnyQuantizeSpec, ImportanceSpec
+from qexport.specs import AnyQuantizeSpec, CalibrationSpec, ImportanceSpec
 
 _SOLVERS = ("search", "importance", "gptq", "awq", "awq+gptq")
-_NOT_FOR_GGUF = ("group_size", "symmetric", "quant_type", "double_quant")
+_NOT_FOR_GGUF = ("group_size", "symmetric", "quant_type", "double_quant", "lm_head", "embeddings")
 
 
 def check_options(spec: AnyQuantizeSpec) -> None:
@@ -24,16 +24,16 @@ def check_options(spec: AnyQuantizeSpec) -> None:
             expected=f"one of {', '.join(_SOLVERS)}: its types bring a search of scales of their own",
         )
     for name in _NOT_FOR_GGUF:
-        if getattr(spec, name) is not None:
+        if getattr(spec, name) != type(spec).model_fields[name].default:
             raise SpecError(
                 f"--{name.replace('_', '-')} with gguf",
-                expected="--type, which settles the grid as a whole, such as q4_k_m",
+                expected="--type, which settles every tensor, such as q4_k_m; --override for some",
             )
-    if spec.type and spec.bits != METHODS["gguf"].bits:
-        raise SpecError(f"--bits {spec.bits} beside --type {','.join(spec.type)}", expected="one of the two")
-    if isinstance(spec, ImportanceSpec) and spec.imatrix is not None and spec.calibration:
+    given = spec.model_fields_set & CalibrationSpec.model_fields.keys()
+    if isinstance(spec, ImportanceSpec) and spec.imatrix is not None and given:
         raise SpecError(
-            "--calibration beside --imatrix, which stands for one already", expected="one of the two"
+            f"--{min(given).replace('_', '-')} beside --imatrix, which stands for a calibration already",
+            expected="one of the two",
         )
 
 

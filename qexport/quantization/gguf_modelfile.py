@@ -11,7 +11,7 @@ from qexport.checkpoint.sidecars import sidecars_of
 from qexport.events import Noted, OnEvent
 from qexport.formats.gguf.output import PlannedModel
 from qexport.formats.gguf.tokenizer.vocabulary import Vocabulary
-from qexport.ollama.modelfile import ModelfileResult, SpecialTokens, modelfile
+from qexport.ollama.modelfile import ChatTokens, ModelfileResult, modelfile
 
 _LICENCES = ("LICEN", "NOTICE", "COPYING", "USE_POLICY")
 
@@ -28,8 +28,9 @@ def modelfiles(
     told: set[str] = set()
     texts: dict[str, str] = {}
     for model in models:
-        made = _modelfile(path, words, model)
-        texts["Modelfile" if len(models) == 1 else f"Modelfile.{model.stem}"] = made.text
+        name = "Modelfile" if len(models) == 1 else f"Modelfile.{model.stem}"
+        made = _modelfile(path, words, model, name)
+        texts[name] = made.text
         for note in made.notes:
             if note not in told:
                 on_event(Noted(f"Modelfile: {note}"))
@@ -37,7 +38,7 @@ def modelfiles(
     return texts
 
 
-def _modelfile(path: Path, words: Vocabulary, model: PlannedModel) -> ModelfileResult:
+def _modelfile(path: Path, words: Vocabulary, model: PlannedModel, name: str) -> ModelfileResult:
     special, metadata = words.special, model.metadata
     generation = path / "generation_config.json"
     config = read_json(generation) if is_file(generation) else {}
@@ -49,9 +50,9 @@ def _modelfile(path: Path, words: Vocabulary, model: PlannedModel) -> ModelfileR
 
     texts = [file for name, file in licences(path).items() if name.name.startswith(_LICENCES[0])]
     return modelfile(
-        [file.name for file in model.files()],
+        [file.name for file in model.files],
         words.chat_template,
-        SpecialTokens(
+        ChatTokens(
             bos=said(special.bos),
             eos=said(special.eos),
             ends=tuple(dict.fromkeys(said(token) for token in ends if token != special.eos and said(token))),
@@ -61,4 +62,5 @@ def _modelfile(path: Path, words: Vocabulary, model: PlannedModel) -> ModelfileR
         config,
         context_length=int(metadata[f"{metadata['general.architecture'].value}.context_length"].value),
         license_text=texts[0].read_text(encoding="utf-8", errors="replace") if texts else None,
+        name=name,
     )

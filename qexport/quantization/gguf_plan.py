@@ -225,10 +225,12 @@ def _types(
         kinds = ", ".join(sorted({types[name].name for name in smaller}))
         on_event(
             Noted(
-                f"{mix.name}: rows of {len(smaller)} tensor{'s' if len(smaller) > 1 else ''} are no multiple "
-                f"of 256: other types ({kinds}), as in llama.cpp: {first_of(smaller, 2)}"
+                f"{mix.name}: rows of {len(smaller)} tensor{'s' if len(smaller) > 1 else ''} are no whole "
+                f"blocks of the usual type; as in llama.cpp they get {kinds}: {first_of(smaller, 2)}"
             )
         )
+    elif mix.main not in {kind.name for kind in types.values()}:
+        on_event(Noted(f"{mix.name}: no tensor of this model becomes {mix.main}"))
     if not any(is_coded(kind) for kind in types.values()) and mix.main not in ("f32", "f16", "bf16"):
         raise SpecError(f"no tensor of {path} can be stored as {mix.name}", remedy="try --type q8_0 or f16")
     return types

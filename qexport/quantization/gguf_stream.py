@@ -17,25 +17,23 @@ from qexport.errors import SpecError
 from qexport.events import Advanced, OnEvent
 from qexport.formats.gguf.imatrix import ImportanceMatrix
 from qexport.formats.gguf.output import GgufOutput
+from qexport.formats.gguf.slabs import VALUES, Slab, SlabReader, slabs_of
 from qexport.formats.gguf.tensors import GgufTensor
 from qexport.grids.ggml.grid import GgmlGrid
 from qexport.grids.ggml.types import BlockType
 from qexport.quantization.gguf_plan import is_coded
 from qexport.results import TensorError
 
-_SLAB = 1 << 20  # values that one core works on at a time: 4 MiB in fp32
 _MAX_WORKERS = 16
 _LARGEST_SCALE = 65504  # in fp16
 
 
 @dataclass(frozen=True)
-class _Slab:
-    """Rows `begin` to `end` of a tensor, its experts one below the other."""
+class _Weighed:
+    """A slab, and what each input of its rows weighs, fp32 [in]."""
 
-    tensor: GgufTensor
-    begin: int
-    end: int
-    expert: int | None
+    slab: Slab
+    importance: torch.Tensor | None
 
 
 @dataclass
@@ -66,16 +64,26 @@ class TensorStream:
     importance: ImportanceMatrix | None
     on_event: OnEvent
     _losses: dict[tuple[int, str], _Loss] = field(default_factory=dict)
-    _pieces: Iterator[torch.Tensor] = field(default_factory=lambda: iter(()))
 
     def run(self, tensors: Sequence[GgufTensor]) -> None:
         """Reads, encodes and writes `tensors`. Raises NonFiniteError that names what is not finite."""
+        reader = SlabReader(self.checkpoint)
         workers = max(1, min(_MAX_WORKERS, os.cpu_count() or 1))
-        largest = max((_width(tensor) * 4 for tensor in tensors), default=0)
-        room = 2 * workers * max(_SLAB * 4, largest)
-        Overlap(self._read, self._encode, self._write, size=_bytes, room=room, workers=workers).run(
-            slab for tensor in tensors for slab in _slabs(tensor)
-        )
+        largest = max((tensor.shape[-1] * 4 for tensor in tensors), default=0)
+        room = 2 * workers * max(VALUES * 4, largest)
+
+        def weighed() -> Iterator[_Weighed]:
+            for tensor in tensors:
+                h = self._weights(tensor)
+                for slab in slabs_of(tensor):
+                    yield _Weighed(slab, h if h is None or h.dim() == 1 else h[slab.part.expert or 0])
+
+        def read(item: _Weighed) -> torch.Tensor:
+            return reader.read(item.slab)
+
+        Overlap(
+            read, self._encode, self._write, size=lambda item: item.slab.size, room=room, workers=workers
+        ).run(weighed())
 
     def errors(self, number: int) -> list[TensorError]:
         """What each matrix of a file lost."""
@@ -90,68 +98,38 @@ class TensorStream:
             if file == number
         ]
 
-    def _read(self, slab: _Slab) -> torch.Tensor:
-        if slab.begin == 0:
-            self._pieces = slab.tensor.slabs(self.checkpoint, _SLAB)
-        return next(self._pieces)
+    def _encode(self, item: _Weighed, rows: torch.Tensor) -> dict[BlockType, _Encoded]:
+        tensor = item.slab.tensor
+        if not is_finite(rows):
+            raise non_finite_error(str(self.checkpoint.path), [item.slab.part.name])
+        kinds = {types[tensor.name] for types in self.files.values() if tensor.name in types}
+        return {kind: _in_type(kind, tensor.name, rows, item.importance) for kind in kinds}
 
-    def _encode(self, slab: _Slab, values: torch.Tensor) -> dict[BlockType, _Encoded]:
-        if not is_finite(values):
-            raise non_finite_error(str(self.checkpoint.path), [part.name for part in slab.tensor.parts[:1]])
-        rows = values.reshape(slab.end - slab.begin, -1)
-        h = self._weights(slab, rows.shape[1])
-        kinds = {types[slab.tensor.name] for types in self.files.values() if slab.tensor.name in types}
-        encoded: dict[BlockType, _Encoded] = {}
-        for kind in kinds:
-            encoded[kind] = _in_type(kind, slab.tensor.name, rows, h)
-        return encoded
-
-    def _weights(self, slab: _Slab, inputs: int) -> torch.Tensor | None:
-        """What each input of the slab's rows weighs; None for all alike."""
+    def _weights(self, tensor: GgufTensor) -> torch.Tensor | None:
+        """What each input of the tensor's rows weighs, [in] or [experts, in]; None for all alike."""
         if self.importance is None:
             return None
-        experts = slab.tensor.shape[0] if len(slab.tensor.shape) == 3 else None
-        found = self.importance.importance(slab.tensor.name, inputs, experts)
-        return found if found is None or found.dim() == 1 else found[slab.expert or 0]
+        experts = tensor.shape[0] if len(tensor.shape) == 3 else None
+        return self.importance.importance(tensor.name, tensor.shape[-1], experts)
 
-    def _write(self, slab: _Slab, encoded: Mapping[BlockType, _Encoded]) -> None:
-        name = slab.tensor.name
+    def _write(self, item: _Weighed, encoded: Mapping[BlockType, _Encoded]) -> None:
+        slab, name = item.slab, item.slab.tensor.name
         for number, types in self.files.items():
             if name not in types:
                 continue
             made = encoded[types[name]]
-            row_bytes = types[name].row_bytes(_width(slab.tensor))
-            self.output.write_bytes((number, name), slab.begin * row_bytes, byte_view(made.blocks))
+            begin = slab.begin * types[name].row_bytes(slab.width)
+            self.output.write_bytes((number, name), begin, byte_view(made.blocks))
             if made.loss:
                 total = self._losses.setdefault((number, name), _Loss())
                 for key, value in vars(made.loss).items():
                     setattr(total, key, getattr(total, key) + value)
-        self.on_event(Advanced(_bytes(slab), name))
+        self.on_event(Advanced(slab.size, name))
 
 
 def stream_bytes(tensors: Sequence[GgufTensor]) -> int:
     """What `run` reports in all as it goes on: fp32 bytes."""
     return 4 * sum(math.prod(tensor.shape) for tensor in tensors)
-
-
-def _width(tensor: GgufTensor) -> int:
-    return tensor.shape[-1]
-
-
-def _bytes(slab: _Slab) -> int:
-    return 4 * (slab.end - slab.begin) * _width(slab.tensor)
-
-
-def _slabs(tensor: GgufTensor) -> Iterator[_Slab]:
-    """In step with `GgufTensor.slabs`: no slab reaches from one expert into the next."""
-    experts = tensor.shape[0] if len(tensor.shape) == 3 else 1
-    rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
-    step = max(1, _SLAB // max(1, _width(tensor)))
-    for expert in range(experts):
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            offset = expert * rows
-            yield _Slab(tensor, offset + begin, offset + end, expert if len(tensor.shape) == 3 else None)
 
 
 def _in_type(kind: BlockType, name: str, rows: torch.Tensor, h: torch.Tensor | None) -> _Encoded:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
+from qexport.checkpoint.checkpoint import local_path
 from qexport.checkpoint.finiteness import require_finite
 from qexport.checkpoint.hub import resolve
-from qexport.errors import OutputExistsError
+from qexport.checkpoint.staging import check_target_file
+from qexport.errors import InputError
 from qexport.events import OnEvent, ignore
-from qexport.formats.gguf.imatrix import ImportanceMatrix, write_imatrix
+from qexport.formats.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from qexport.formats.gguf.tensors import gguf_tensors
 from qexport.formats.opening import open_checkpoint
 from qexport.modeling.calibration import calibration_data, check_calibration
@@ -32,18 +35,32 @@ def make_imatrix(
     Raises InputError, NonFiniteError, OutputExistsError, StorageError.
     """
     spec, out = spec or CalibrationSpec(), Path(out)
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise OutputExistsError(
-            f"{out} is " + ("a directory" if out.is_dir() else "there already"),
-            remedy="choose another name with -o" + ("" if out.is_dir() else ", or add --overwrite"),
-        )
-    check_calibration(spec)
     path = resolve(source)
+    given = local_path(source)
+    check_out = partial(
+        check_target_file,
+        out,
+        "importance matrix",
+        _is_imatrix,
+        overwrite=overwrite,
+        sources=[path] if given is None else [given, path],
+    )
+    check_out()
+    check_calibration(spec)
     checkpoint = open_checkpoint(path)
     skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
     layers = layer_inputs(gguf_tensors(checkpoint, skeleton))
     require_finite(checkpoint, on_event=on_event)
     data = calibration_data(path, spec, skeleton, trust_remote_code=trust_remote_code, on_event=on_event)
     matrix = gather_importance(checkpoint, skeleton, data, layers, on_event)
+    check_out()  # somebody may have put something there since
     write_imatrix(matrix, out)
     return matrix
+
+
+def _is_imatrix(path: Path) -> bool:
+    try:
+        read_imatrix(path)
+    except InputError:
+        return False
+    return True

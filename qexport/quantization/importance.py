@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -115,9 +116,9 @@ def gather_importance(
         squares[head] = _head_squares(stream, skeleton, batches, hidden)
     on_event(Finished())
     entries = {name: found for name, sources in tensors.items() if (found := _entry(sources, squares))}
-    matrix = ImportanceMatrix(
-        entries, tuple(source.name for source in data.sources), data.samples, data.length
-    )
+    # where the user's texts lie is nobody else's business
+    datasets = tuple(Path(source.name).name for source in data.sources)
+    matrix = ImportanceMatrix(entries, datasets, data.samples, data.length)
     if matrix.unseen:
         on_event(
             Noted(

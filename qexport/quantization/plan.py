@@ -27,6 +27,7 @@ from qexport.quantization.choice import FULL, Override, chosen_bits, skipped
 from qexport.specs import AnyQuantizeSpec
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_GGUF_ONLY = ("type", "pre_tokenizer", "imatrix")
 _QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -72,10 +73,17 @@ def plan_quantization(
     checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec, on_event: OnEvent
 ) -> Plan:
     """Checks everything that can be checked without reading a tensor. Raises InputError."""
+    for name in _GGUF_ONLY:
+        if getattr(spec, name, None):
+            raise SpecError(
+                f"--{name.replace('_', '-')} with --format {spec.format}",
+                expected="it is for --method gguf alone",
+            )
     if checkpoint.quantization:
         raise UnsupportedModelError(
             f"{checkpoint.path} is quantized already ({checkpoint.quantization.get('quant_method')})",
             expected="a 16- or 32-bit model",
+            remedy="--method gguf takes it so; for others decode it first: qexport convert MODEL -o OUT",
         )
     skeleton = skeleton.bound(checkpoint)
     if problems := structure_problems(checkpoint, skeleton):

@@ -12,6 +12,7 @@ from qexport.checkpoint.finiteness import require_finite
 from qexport.checkpoint.hashing import file_hash
 from qexport.checkpoint.manifest import Recipe, fingerprint
 from qexport.checkpoint.sidecars import sidecars_of
+from qexport.checkpoint.staging import check_target
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.events import Finished, OnEvent, Started, ignore
 from qexport.measure import Measured
@@ -72,6 +73,7 @@ def quantize(
     Raises InputError for what cannot be read or does not fit, NonFiniteError before the long work (in GGUF
     without data: as it comes), MissingDependencyError, OutputExistsError, StorageError.
     """
+    check_target(Path(out), overwrite=overwrite)  # again, with the inputs known, before anything is written
     with opened_source(
         source, adapters, spec, trust_remote_code=trust_remote_code, on_event=on_event
     ) as opened:

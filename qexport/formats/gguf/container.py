@@ -32,6 +32,9 @@ VERSION = 3
 ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
 MAX_SIDES = 4  # ggml.h, GGML_MAX_DIMS
+MAX_ENTRIES = (
+    65_536  # settings, and tensors: real files have some tens and a few thousand; each is an object here
+)
 _MAX_NATURAL = 1 << 63
 _MAX_ALIGNMENT = 1 << 20
 _REMEDY = "download or write the file again"
@@ -174,10 +177,11 @@ def read_header(path: Path) -> Header:
         try:
             cursor = Cursor(descriptor, os.fstat(descriptor).st_size, corrupt)
             version = _version(cursor, path)
-            count, settings = (
-                cursor.number("u64", "its count of tensors"),
-                cursor.number("u64", "its count of settings"),
-            )
+            count = cursor.number("u64", "its count of tensors")
+            _require_room(
+                count, "tensors", 24, cursor
+            )  # each has the length of a name, sides, type and offset
+            settings = cursor.number("u64", "its count of settings")
             metadata = _read_settings(cursor, settings)
             alignment = _alignment(cursor, metadata)
             infos = _read_infos(cursor, count)
@@ -213,9 +217,15 @@ def _version(cursor: Cursor, path: Path) -> int:
     return version
 
 
+def _require_room(count: int, what: str, least: int, cursor: Cursor) -> None:
+    if count > MAX_ENTRIES:
+        raise cursor.corrupt(f"it claims {count} {what}, it may have {MAX_ENTRIES}")
+    if count * least > cursor.file_size:
+        raise cursor.corrupt(f"it claims {count} {what} in {cursor.file_size} bytes")
+
+
 def _read_settings(cursor: Cursor, count: int) -> Metadata:
-    if count * 13 > cursor.file_size:  # each has the length of a key, a kind and a byte at least
-        raise cursor.corrupt(f"it claims {count} settings in {cursor.file_size} bytes")
+    _require_room(count, "settings", 13, cursor)  # each has the length of a key, a kind and a byte at least
     metadata: Metadata = {}
     for _ in range(count):
         key = cursor.string("the key of a setting", MAX_NAME_BYTES)
@@ -235,8 +245,6 @@ def _alignment(cursor: Cursor, metadata: Metadata) -> int:
 
 
 def _read_infos(cursor: Cursor, count: int) -> dict[str, tuple[PlannedTensor, int]]:
-    if count * 24 > cursor.file_size:  # each has the length of a name, sides, type and offset
-        raise cursor.corrupt(f"it claims {count} tensors in {cursor.file_size} bytes")
     infos: dict[str, tuple[PlannedTensor, int]] = {}
     for _ in range(count):
         name = cursor.string("the name of a tensor", MAX_NAME_BYTES)

@@ -27,6 +27,7 @@ LEGACY_SUFFIX = ".dat"
 _CALL_TOKENS = 512
 _MAX_BYTES = 1 << 34
 _SHOWN_NAME = 80
+_MAX_ENTRIES = 1 << 20  # real ones have some thousands; the first bytes of a text would be more
 
 
 @dataclass(frozen=True)
@@ -165,8 +166,12 @@ def _read_legacy(path: Path) -> ImportanceMatrix:
     with read_errors(path):
         content = _Bytes(path, path.read_bytes())
     count = content.number("the number of entries")
-    if count < 1:
-        raise content.corrupt(f"it has {count} entries")
+    if not 0 < count <= _MAX_ENTRIES:
+        raise CorruptFileError(
+            f"{path} is no importance matrix",
+            expected="a file that llama-imatrix or `qexport imatrix` wrote",
+            remedy="a text is calibrated on by --calibration",
+        )
     entries: dict[str, Squares] = {}
     for number in range(1, count + 1):
         name = content.text(f"the name of entry {number} of {count}")

@@ -111,7 +111,12 @@ class ModelFacts:
     @property
     def of_70b(self) -> bool:
         """Whether llama.cpp takes the model for one of 70 billion parameters."""
-        return self.blocks == 80 and self.architecture in ("llama", "qwen2")
+        if self.blocks != 80:
+            return False
+        # llama.cpp tells Llama's 65B and 70B apart by their keys and values
+        return self.architecture == "qwen2" or (
+            self.architecture == "llama" and self.heads != self.kv_heads
+        )
 
 
 @dataclass(frozen=True)

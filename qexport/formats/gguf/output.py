@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from qexport.checkpoint.disk import write_errors
@@ -12,7 +13,7 @@ from qexport.checkpoint.output import Room, StagedOutput
 from qexport.checkpoint.weights_files import LastOpened
 from qexport.formats.gguf.container import Metadata, PlannedTensor
 from qexport.formats.gguf.splitting import SplitFile, plan_split
-from qexport.formats.gguf.writing import GgufFile
+from qexport.formats.gguf.writing import GgufFile, header_bytes
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,12 @@ class PlannedModel:
     tensors: Sequence[PlannedTensor]
     max_size: int | None = None
 
-    @property
+    @cached_property
     def size(self) -> int:
-        """Bytes of the tensors."""
-        return sum(tensor.size for tensor in self.tensors)
+        """Bytes of the files, headers and padding included."""
+        return sum(len(header_bytes(file.metadata, file.tensors)) + file.size for file in self.files)
 
+    @cached_property
     def files(self) -> Sequence[SplitFile]:
         """The file, or its parts."""
         return plan_split(self.stem, self.metadata, self.tensors, self.max_size)
@@ -61,7 +63,7 @@ class GgufOutput(StagedOutput):
         """See `StagedOutput`."""
         rooms: dict[Hashable, Room] = {}
         for number, model in enumerate(self.models):
-            for part in model.files():
+            for part in model.files:
                 with write_errors(self.target):
                     file = GgufFile(directory / part.name, part.metadata, part.tensors, opened)
                 rooms |= {

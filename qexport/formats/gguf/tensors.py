@@ -26,7 +26,6 @@ from qexport.modeling.skeleton import Skeleton
 # computed from the config, and made anew from the file's own metadata
 COMPUTED = frozenset({FREQS, LONG, SHORT})
 _MAX_EXPERTS = 4096  # llama.cpp's own limit is 512
-_SLAB = 1 << 24  # values that are turned into fp32 at a time
 _EXPERT = re.compile(r"^(?P<experts>.+\.mlp\.experts)\.(?P<number>\d+)\.(?P<leaf>\w+)\.weight$")
 
 
@@ -69,37 +68,6 @@ class GgufTensor:
         they go as they are.
         """
         return row_order(self.shape[-2] if len(self.shape) > 1 else self.shape[0], self.order, self.heads)
-
-    def read(self, checkpoint: Checkpoint) -> torch.Tensor:
-        """The tensor in fp32, of `shape`, as it goes into the file."""
-        out = torch.empty(self.shape)
-        flat = out.reshape(-1)
-        at = 0
-        for slab in self.slabs(checkpoint):
-            flat[at : at + slab.numel()] = slab.reshape(-1)
-            at += slab.numel()
-        return out
-
-    def slabs(self, checkpoint: Checkpoint, values: int = _SLAB) -> Iterator[torch.Tensor]:
-        """The same in pieces of whole rows, fp32 [rows, in] (or [values] of a vector), in the file's order.
-
-        At most about `values` values at a time, and no piece reaches from one expert into the next.
-        """
-        order = self.row_order()
-        source, held = "", torch.empty(0)
-        for part in self.parts:
-            if part.name != source:  # experts that lie fused are read once
-                source, held = part.name, checkpoint.read(part.name)
-            matrix = held if part.source_expert is None else held[part.source_expert]
-            matrix = matrix if part.rows is None else matrix[part.rows]
-            matrix = matrix.t() if self.transposed else matrix
-            rows = matrix.shape[0]
-            step = max(1, values // max(1, matrix.numel() // rows)) if rows else 1
-            for begin in range(0, rows, step):
-                end = min(begin + step, rows)
-                slab = matrix[begin:end] if order is None else matrix[order[begin:end]]
-                slab = slab.to(torch.float32).contiguous()
-                yield slab + 1 if self.plus_one else slab
 
 
 def gguf_tensors(checkpoint: Checkpoint, skeleton: Skeleton) -> list[GgufTensor]:

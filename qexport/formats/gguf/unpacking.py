@@ -29,8 +29,10 @@ from qexport.formats.gguf.reading import GgufDecoder, places, read_config, requi
 from qexport.formats.gguf.splitting import first_of_split, read_model
 from qexport.formats.gguf.tokenizer.files import tokenizer_files
 
+_LICENCES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")
 _GENERATION_FILE = "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
+_BEGIN, _PADDING = "bos_token_id", "padding_token_id"
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # llama.cpp ends an answer at any of them
 _State = tuple[tuple[str, int, int], ...]
 _made: dict[_State, Path] = {}
@@ -99,13 +101,17 @@ def _unpacked(header: Header) -> Path:
     origins = places(header)
     config = read_config(header)
     settings = header.plain()
-    files = {CONFIG_FILE: _json(config), **_tokenizer(header)}
+    files: dict[str, str | Path] = {
+        CONFIG_FILE: _json(config),
+        **_beside(header, _LICENCES),
+        **_tokenizer(header),
+    }
     if generation := _generation(settings):
         files.setdefault(_GENERATION_FILE, _json(generation))
     if not origins:
         raise CorruptFileError(f"{header.path} holds none of the tensors of its model")
     with write_errors(Path(tempfile.gettempdir())):
-        directory = Path(tempfile.mkdtemp(dir=_room())) / header.path.name
+        directory = Path(tempfile.mkdtemp(dir=_room())) / _as_text(header.path)
         directory.mkdir()
         for name, content in files.items():
             if isinstance(content, Path):
@@ -122,8 +128,13 @@ def _unpacked(header: Header) -> Path:
 def _link_names(files: Sequence[Path]) -> list[str]:
     """Their own names; a file alone, which may have any, gets the suffix."""
     if len(files) == 1 and files[0].suffix != ".gguf":
-        return [f"{files[0].name}.gguf"]
-    return [file.name for file in files]
+        return [f"{_as_text(files[0])}.gguf"]
+    return [_as_text(file) for file in files]
+
+
+def _as_text(file: Path) -> str:
+    """A file's name; tokenizers and hashes take no bytes that are not UTF-8."""
+    return os.fsencode(file.name).decode("utf-8", "replace")
 
 
 def _tokenizer(header: Header) -> Mapping[str, str | Path]:
@@ -132,21 +143,29 @@ def _tokenizer(header: Header) -> Mapping[str, str | Path]:
         made = tokenizer_files(header.metadata)
     if made:
         return made
-    beside = header.path.parent.absolute()
+    return _beside(header, _TOKENIZER_FILES)
+
+
+def _beside(header: Header, beginnings: tuple[str, ...]) -> dict[str, Path]:
+    """The sidecar files in the model's own directory whose names begin so."""
+    directory = header.path.parent.absolute()
     return {
-        str(file): beside / file
-        for file in sidecar_files(beside)
-        if file.name.startswith(_TOKENIZER_FILES) and len(file.parts) == 1
+        str(file): directory / file
+        for file in sidecar_files(directory)
+        if file.name.startswith(beginnings) and len(file.parts) == 1
     }
 
 
 def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json: which tokens begin and end an answer."""
-    ids = {key: settings.get(f"tokenizer.ggml.{key}") for key in ("bos_token_id", *_ENDS)}
+    """generation_config.json: which tokens begin and end an answer, and which pad it."""
+    ids = {key: settings.get(f"tokenizer.ggml.{key}") for key in (_BEGIN, *_ENDS, _PADDING)}
     known = {key: value for key, value in ids.items() if type(value) is int}
-    ends = list(dict.fromkeys(known[key] for key in _ENDS if key in known))
-    found: dict[str, Any] = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
-    return {"bos_token_id": known["bos_token_id"], **found} if "bos_token_id" in known else found
+    found: dict[str, Any] = {_BEGIN: known[_BEGIN]} if _BEGIN in known else {}
+    if ends := list(dict.fromkeys(known[key] for key in _ENDS if key in known)):
+        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if _PADDING in known:
+        found["pad_token_id"] = known[_PADDING]
+    return found
 
 
 def _json(content: Mapping[str, Any]) -> str:
@@ -156,7 +175,7 @@ def _json(content: Mapping[str, Any]) -> str:
 @cache
 def _room() -> Path:
     """The directory that holds all of this process's."""
-    room, owner = Path(tempfile.mkdtemp(prefix="qexport-gguf-")), os.getpid()
+    room, owner = Path(tempfile.mkdtemp(prefix="qexport-gguf-")).resolve(), os.getpid()
 
     def remove() -> None:
         if os.getpid() == owner:  # not a fork's end

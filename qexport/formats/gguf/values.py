@@ -7,18 +7,18 @@ held against its size before any memory is taken for it.
 from __future__ import annotations
 
 import os
-import reprlib
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from qexport.errors import CorruptFileError
 
-# Real headers have some megabytes and 300 000 tokens; memory is a few times what stands in the file.
-MAX_HEADER_BYTES = 1 << 28
-MAX_ITEMS = 1 << 22
+# Read values take up to ten times their bytes in the file, so the bytes are no bound for memory. Real headers
+# have up to some tens of megabytes (a whole tokenizer.json among the settings) and 1.3 million items (262 144
+# tokens with scores and types, twice as many merges): these limits are a second and 300 MB.
+MAX_HEADER_BYTES = 1 << 27
+MAX_ITEMS = 1 << 21  # of all arrays together
 MAX_NAME_BYTES = 65_535
-MAX_DEPTH = 4  # of arrays within arrays, which the specification has and llama.cpp does not read
 _CHUNK = 1 << 20
 
 _STRING, _ARRAY = 8, 9
@@ -44,7 +44,7 @@ class Cursor:
 
     def __init__(self, descriptor: int, file_size: int, corrupt: Callable[[str], CorruptFileError]) -> None:
         self.place, self.file_size, self.corrupt = 0, file_size, corrupt
-        self._descriptor, self._held = descriptor, bytearray()
+        self._descriptor, self._held, self._items = descriptor, bytearray(), 0
 
     def need(self, count: int, what: str) -> None:
         """Has the next `count` bytes in memory, or refuses to take memory for them."""
@@ -56,8 +56,7 @@ class Cursor:
         if end > MAX_HEADER_BYTES:
             raise self.corrupt(f"{what} ends at byte {end}, a header has at most {MAX_HEADER_BYTES}")
         while len(self._held) < end:
-            wanted = max(end - len(self._held), min(_CHUNK, MAX_HEADER_BYTES))
-            part = os.pread(self._descriptor, wanted, len(self._held))
+            part = os.pread(self._descriptor, _CHUNK, len(self._held))
             if not part:
                 raise self.corrupt(f"it ends within {what}")
             self._held += part
@@ -103,9 +102,7 @@ class Cursor:
 
     def value(self, what: str) -> tuple[str, Any]:
         """A value behind the number of its kind, and that kind."""
-        return self._value(self.number("u32", what), what, 0)
-
-    def _value(self, number: int, what: str, depth: int) -> tuple[str, Any]:
+        number = self.number("u32", what)
         if number in _BY_NUMBER:
             kind, code = _BY_NUMBER[number]
             return kind, self._numbers(code, 1, what)[0]
@@ -113,27 +110,21 @@ class Cursor:
             return "str", self.string(what)
         if number != _ARRAY:
             raise self.corrupt(f"{what} is of kind {number}, known are 0 to 12")
-        return self._array(what, depth + 1)
+        return self._array(what)
 
-    def _array(self, what: str, depth: int) -> tuple[str, list[Any]]:
-        if depth > MAX_DEPTH:
-            raise self.corrupt(f"{what} has arrays in arrays more than {MAX_DEPTH} deep")
+    def _array(self, what: str) -> tuple[str, list[Any]]:
         inner, count = self.number("u32", what), self.number("u64", what)
-        if count > MAX_ITEMS:
-            raise self.corrupt(f"{what} claims {count} items, it may have {MAX_ITEMS}")
+        if inner == _ARRAY:
+            raise self.corrupt(f"{what} is an array of arrays, which llama.cpp does not read either")
+        self._items += count
+        if self._items > MAX_ITEMS:
+            raise self.corrupt(f"{what} claims {count} items, all arrays together may have {MAX_ITEMS}")
         if inner in _BY_NUMBER:
             kind, code = _BY_NUMBER[inner]
             return f"[{kind}]", self._numbers(code, count, what)
         if inner == _STRING:
             return "[str]", self._strings(count, what)
-        if inner != _ARRAY:
-            raise self.corrupt(f"{what} is an array of kind {inner}, known are 0 to 12")
-        self.need(12 * count, what)  # kind and count of each
-        found = [self._array(what, depth + 1) for _ in range(count)]
-        kinds = {kind for kind, _ in found} or {"[u8]"}
-        if len(kinds) > 1:
-            raise self.corrupt(f"{what} is an array of arrays of {reprlib.repr(sorted(kinds))}")
-        return f"[{kinds.pop()}]", [values for _, values in found]
+        raise self.corrupt(f"{what} is an array of kind {inner}, known are 0 to 8 and 10 to 12")
 
 
 def string_bytes(value: str | bytes) -> bytes:
@@ -167,4 +158,6 @@ def _array_bytes(kind: str, values: Sequence[Any]) -> bytes:
     head = struct.pack("<IQ", _number_of(kind), len(values))
     if kind in _NUMBERS:
         return head + struct.pack(f"<{len(values)}{_NUMBERS[kind][1]}", *values)
-    return head + b"".join(_content_bytes(kind, value) for value in values)
+    if kind != "str":
+        raise ValueError("arrays of arrays are not read by llama.cpp")
+    return head + b"".join(map(string_bytes, values))

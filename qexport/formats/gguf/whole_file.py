@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from qexport.checkpoint.disk import write_errors
 from qexport.checkpoint.safetensors_file import byte_view
+from qexport.checkpoint.staging import whole_file
 from qexport.formats.gguf.container import ALIGNMENT, PLAIN, PlannedTensor, Typed
 from qexport.formats.gguf.writing import header_bytes
 
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, beside `path`; it takes that name, and the place of what is there, at the end.
-
-    An error within leaves what was there. Raises StorageError.
-    """
-    with write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        made = Path(name)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            made.chmod(0o666 & ~_umask())  # mkstemp's are private
-            made.replace(path)
-        except BaseException:
-            made.unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+__all__ = ["whole_file", "write_plain"]
 
 
 def write_plain(

@@ -10,11 +10,27 @@ import numpy as np
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_compiler: Any = numba.njit(nogil=True, cache=True, error_model="numpy")
-# sums may be added up in any order and zeros lose their signs: what lets sums and maxima lie in registers
-_summing_compiler: Any = numba.njit(
-    nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "nnan"}
-)
+
+def compiled(*fastmath: str) -> Callable[[Function], Function]:
+    """numba's njit for a kernel that runs without the interpreter's lock, and may round as `fastmath` says.
+
+    What it makes is kept on disk for the next process, where there is a place for it.
+    """
+
+    def decorate(function: Function) -> Function:
+        options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath)}
+        try:
+            made: Function = numba.njit(cache=True, **options)(function)
+        except RuntimeError:  # neither the package's directory nor the user's cache can be written
+            made = numba.njit(**options)(function)
+        return made
+
+    return decorate
+
+
+kernel = compiled()  # arithmetic as written
+# sums in any order; the sign of a zero is not kept, and no number is NaN: sums and maxima lie in registers
+summing_kernel = compiled("reassoc", "contract", "nsz", "nnan")
 
 _LARGEST = np.float32(65504)
 _OVERFLOW = np.float32(65520)  # the smallest number that fp16 rounds to infinity
@@ -24,18 +40,6 @@ _SUBNORMAL_SHIFT = np.float32(0.5)  # fp32 has the spacing of fp16's subnormals 
 _SUBNORMALS = np.float32(2**24)  # in a whole
 _EXPONENT_SHIFT = np.int32(112 << 23)
 ZERO = np.float32(0)
-
-
-def kernel(function: Function) -> Function:
-    """Compiled to arithmetic as written."""
-    compiled: Function = _compiler(function)
-    return compiled
-
-
-def summing_kernel(function: Function) -> Function:
-    """Compiled with sums in any order; the sign of a zero is not kept, and no number is NaN."""
-    compiled: Function = _summing_compiler(function)
-    return compiled
 
 
 @kernel

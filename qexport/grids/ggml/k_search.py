@@ -23,25 +23,15 @@ It is all in one file: numba compiles a file's kernels anew when that file chang
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from qexport.grids.ggml.compiled import compiled
 
 LANES = 64
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Words = NDArray[np.uint64]
-_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
-
-
-def _compiled(*fastmath: str) -> Callable[[_Kernel], _Kernel]:
-    """numba's njit for a kernel that runs without the interpreter's lock."""
-    decorator = njit(nogil=True, cache=True, error_model="numpy", fastmath=set(fastmath))
-    return cast("Callable[[_Kernel], _Kernel]", decorator)
-
 
 # Rows of `work`. Of the sub-block: its range, and sums that codes do not change.
 _LOW, _HIGH, _MIDDLE, _SO, _SY, _SYY, _RANGE = range(0 * LANES, 7 * LANES, LANES)
@@ -66,7 +56,7 @@ _SMALLEST = np.float32(1e-30)  # numbers below it have no inverse to speak of
 _REACH = np.float32(65504 * 128 * 32)  # no K-quant reaches further: squares beyond it are of no use
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _sums(y: Floats, o: Floats, work: Floats, low: np.float32, high: np.float32) -> None:
     """Sq, Sqq, Syq of the codes q = rint(y * INV + OFF) within [low, high]."""
     for k in range(LANES):
@@ -89,7 +79,7 @@ def _sums(y: Floats, o: Floats, work: Floats, low: np.float32, high: np.float32)
             work[_SYQ + k] = syq
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _sums_centred(y: Floats, o: Floats, work: Floats, low: np.float32, high: np.float32) -> None:
     """Sqq, Syq of the codes q = rint(y * INV) within [low, high]."""
     for k in range(LANES):
@@ -109,7 +99,7 @@ def _sums_centred(y: Floats, o: Floats, work: Floats, low: np.float32, high: np.
             work[_SYQ + k] = syq
 
 
-@_compiled()
+@compiled()
 def _to_half(work: Floats, row: int) -> None:
     """Rounds a row to what fp16 holds, to the nearest and not beyond its largest number."""
     for k in range(LANES):
@@ -122,7 +112,7 @@ def _to_half(work: Floats, row: int) -> None:
         work[row + k] = max(min(picked, _MOST), -_MOST)
 
 
-@_compiled("contract", "nsz", "reassoc")
+@compiled("contract", "nsz", "reassoc")
 def _sum_blocks(work: Floats, row: int, out: int, blocks: int) -> None:
     """Sums of a row over each super-block, in all of its lanes."""
     count = LANES // blocks
@@ -134,7 +124,7 @@ def _sum_blocks(work: Floats, row: int, out: int, blocks: int) -> None:
             work[out + k] = total
 
 
-@_compiled("contract", "nsz", "reassoc")
+@compiled("contract", "nsz", "reassoc")
 def _max_blocks(work: Floats, row: int, out: int, blocks: int) -> None:
     """The value of largest size of a row in each super-block, with its sign, in all of its lanes."""
     count = LANES // blocks
@@ -146,7 +136,7 @@ def _max_blocks(work: Floats, row: int, out: int, blocks: int) -> None:
             work[out + k] = most
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _load(
     x: Floats,
     importance: Floats,
@@ -207,7 +197,7 @@ def _load(
                 column = 0
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _centre(y: Floats, o: Floats, work: Floats) -> None:
     """Takes the middle of its range off each sub-block; So, Sy, Syy."""
     for k in range(LANES):
@@ -230,7 +220,7 @@ def _centre(y: Floats, o: Floats, work: Floats) -> None:
             work[_SYY + k] = syy
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _keep_fit(work: Floats, zero: np.float32) -> None:
     """The least-squares scale and shift of the codes, if their error is less than the best so far.
 
@@ -254,7 +244,7 @@ def _keep_fit(work: Floats, zero: np.float32) -> None:
         work[_KSHIFT + k] = shift if better else work[_KSHIFT + k]
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _keep_levels(y: Floats, o: Floats, work: Floats, low: np.float32, high: np.float32) -> None:
     """The trial's levels, if the error of SCALE and SHIFT is less than the best so far.
 
@@ -284,7 +274,7 @@ def _keep_levels(y: Floats, o: Floats, work: Floats, low: np.float32, high: np.f
         work[_KMINLEVEL + k] = work[_MINLEVEL + k] if better else work[_KMINLEVEL + k]
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _sums_of_kept(y: Floats, o: Floats, work: Floats, low: np.float32, high: np.float32) -> None:
     """Sq, Sqq, Syq of the codes by KSCALE and KSHIFT."""
     for k in range(LANES):
@@ -294,7 +284,7 @@ def _sums_of_kept(y: Floats, o: Floats, work: Floats, low: np.float32, high: np.
     _sums(y, o, work, low, high)
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _try_steps(
     work: Floats,
     values: int,
@@ -335,7 +325,7 @@ def _try_steps(
             work[chosen + k] = work[_STEP + k] if better else work[chosen + k]
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _keep_round(work: Floats, blocks: int) -> None:
     """The round's d, dmin and levels for super-blocks whose error is the least so far."""
     _sum_blocks(work, _KERROR, _TOTAL, blocks)
@@ -348,7 +338,7 @@ def _keep_round(work: Floats, blocks: int) -> None:
         work[_BESTMINLEVEL + k] = work[_KMINLEVEL + k] if better else work[_BESTMINLEVEL + k]
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _store(work: Floats, first: int, blocks: int, steps: Floats, levels: Floats) -> None:
     """The best round's d, dmin and levels of the sub-blocks from `first` on."""
     count = LANES // blocks
@@ -361,7 +351,7 @@ def _store(work: Floats, first: int, blocks: int, steps: Floats, levels: Floats)
         steps[1, block + n] = work[_BESTDMIN + n * count]
 
 
-@_compiled()
+@compiled()
 def _write_codes(
     x: Floats, first: int, work: Floats, low: np.float32, high: np.float32, codes: Bytes
 ) -> None:
@@ -375,7 +365,7 @@ def _write_codes(
             codes[first + k, i] = np.uint8(code - low)
 
 
-@_compiled("contract", "nsz", "reassoc")
+@compiled("contract", "nsz", "reassoc")
 def _refit(work: Floats, zero: np.float32, blocks: int) -> None:
     """Least-squares d and dmin of each super-block for its codes and levels."""
     count = LANES // blocks
@@ -405,7 +395,7 @@ def _refit(work: Floats, zero: np.float32, blocks: int) -> None:
     _to_half(work, _DMIN)
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def _try_levels(
     y: Floats,
     o: Floats,
@@ -435,7 +425,7 @@ def _try_levels(
         _keep_levels(y, o, work, -zero, high)
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def affine(
     x: Floats,
     importance: Floats,
@@ -512,7 +502,7 @@ def affine(
         _write_codes(x, first, work, _ZERO, zero + high, codes)
 
 
-@_compiled("contract", "nsz")
+@compiled("contract", "nsz")
 def symmetric(
     x: Floats,
     importance: Floats,
@@ -588,7 +578,7 @@ def symmetric(
         _write_codes(x, first, work, low, high, codes)
 
 
-@_compiled()
+@compiled()
 def join(codes: Words, shift: np.uint64, bits: int, mask: np.uint64, words: int, out: Words) -> None:
     """Packs `bits` of each byte, from bit `shift` on; eight bytes at a time.
 

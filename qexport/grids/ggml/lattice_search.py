@@ -19,13 +19,11 @@ are not. All is fp32. The kernels lie in one module because numba's cache does n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit
 
-from qexport.grids.ggml.compiled import half, kernel
+from qexport.grids.ggml.compiled import compiled, half, kernel
 from qexport.grids.ggml.lattice_types import (
     OCTETS,
     QUARTETS,
@@ -44,11 +42,8 @@ from qexport.grids.ggml.lattice_types import (
 NEAR_OCTET = 32
 NEAR_QUARTET = 16
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 # Sums in any order. NaN is kept in mind: its comparisons must not give an index
-_compiler: Any = njit(
-    nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz", "arcp"}
-)
+_summing = compiled("reassoc", "contract", "nsz", "arcp")
 
 _float, _int, _index = np.float32, np.int32, np.uint64
 _ZERO, _HALF, _ONE, _TWO, _SEVEN, _LAST_CODE = (_float(x) for x in (0, 0.5, 1, 2, 7, 15))
@@ -69,11 +64,6 @@ _SAME_OF_EIGHT = _float(0.01)
 _STEPS = 40
 _STEP_FROM = _float(0.85)
 _STEP = _float(0.025)
-
-
-def _summing(function: _Function) -> _Function:
-    compiled: _Function = _compiler(function)
-    return compiled
 
 
 @_summing
