@@ -114,9 +114,7 @@ class ModelFacts:
         if self.blocks != 80:
             return False
         # llama.cpp tells Llama's 65B and 70B apart by their keys and values
-        return self.architecture == "qwen2" or (
-            self.architecture == "llama" and self.heads != self.kv_heads
-        )
+        return self.architecture == "qwen2" or (self.architecture == "llama" and self.heads != self.kv_heads)
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def _times(step: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 
 _Q2_K = KQuant(
-    *("q2_k", 84, 16, 2, True, 15, _STARTS_2, (16, 24), (15.0,), (2, 2), (0.25, 0.5)),
+    *("q2_k", 84, 16, 2, True, 15, _STARTS_2, (16, 24), (15.0,), (2, 2), (0.25, 0.3)),
     *(k_layout.pack_q2_k, k_layout.unpack_q2_k),
 )
 _Q3_K = KQuant(
