@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import qexport
 from qexport.formats.gguf.rows import BY_TYPE
-from qexport.quantization import gguf_stream
+from qexport.quantization.gguf import stream as gguf_stream
 from qexport.quantization.imatrix import make_imatrix
 from qexport.specs import CalibrationSpec, spec_of
 from tests.conftest import SHARED, RunCli, shared

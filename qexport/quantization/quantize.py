@@ -79,7 +79,7 @@ def quantize(
     ) as opened:
         skeleton = build_skeleton(opened.path, trust_remote_code=trust_remote_code)
         if spec.format == GGUF:
-            from qexport.quantization.gguf import quantize_gguf as run  # its packages are an extra
+            from qexport.quantization.gguf.quantize import quantize_gguf as run  # its packages are an extra
         else:
             run = _quantize
         return run(
@@ -167,7 +167,7 @@ def planned_size(
     Raises the InputError that `quantize` would.
     """
     if spec.format == GGUF:
-        from qexport.quantization.gguf import prepare_gguf
+        from qexport.quantization.gguf.quantize import prepare_gguf
 
         source = Source(checkpoint, checkpoint.path, dict, [checkpoint.path])
         files = prepare_gguf(source, skeleton, spec, on_event=on_event).plan

@@ -9,8 +9,8 @@ from qexport.errors import SpecError, first_of
 from qexport.events import Noted, OnEvent
 from qexport.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
 from qexport.formats.gguf.tensors import GgufTensor
-from qexport.quantization.gguf_checks import hungry
-from qexport.quantization.gguf_plan import GgufPlan, is_coded
+from qexport.quantization.gguf.checks import hungry
+from qexport.quantization.gguf.plan import GgufPlan, is_coded
 from qexport.quantization.importance import layer_inputs
 
 

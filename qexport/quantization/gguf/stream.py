@@ -21,7 +21,7 @@ from qexport.formats.gguf.slabs import VALUES, Slab, SlabReader, slabs_of
 from qexport.formats.gguf.tensors import GgufTensor
 from qexport.grids.ggml.grid import GgmlGrid
 from qexport.grids.ggml.types import BlockType
-from qexport.quantization.gguf_plan import is_coded
+from qexport.quantization.gguf.plan import is_coded
 from qexport.results import TensorError
 
 _MAX_WORKERS = 16

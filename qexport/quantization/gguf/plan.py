@@ -30,7 +30,7 @@ from qexport.methods import Solving
 from qexport.modeling.blocks import layer_names
 from qexport.modeling.skeleton import Skeleton
 from qexport.modeling.structure import structure_problems
-from qexport.quantization.gguf_checks import check_options, check_solver, chosen_types, hungry
+from qexport.quantization.gguf.checks import check_options, check_solver, chosen_types, hungry
 from qexport.specs import AnyQuantizeSpec, AwqSpec, GptqSpec
 
 

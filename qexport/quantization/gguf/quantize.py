@@ -31,10 +31,10 @@ from qexport.measure import Measured
 from qexport.modeling.calibration import CalibrationData, calibration_data, check_calibration
 from qexport.modeling.skeleton import Skeleton
 from qexport.quantization.by_blocks import BlockQuantizer
-from qexport.quantization.gguf_matrix import known_matrix
-from qexport.quantization.gguf_modelfile import licences, modelfiles
-from qexport.quantization.gguf_plan import GgufPlan, Variant, is_coded, plan_gguf, tensor_bytes
-from qexport.quantization.gguf_stream import TensorStream, stream_bytes
+from qexport.quantization.gguf.matrix import known_matrix
+from qexport.quantization.gguf.modelfile import licences, modelfiles
+from qexport.quantization.gguf.plan import GgufPlan, Variant, is_coded, plan_gguf, tensor_bytes
+from qexport.quantization.gguf.stream import TensorStream, stream_bytes
 from qexport.quantization.importance import gather_importance, layer_inputs
 from qexport.quantization.source import Source
 from qexport.results import GgufFileResult, QuantizeResult, TensorError
