@@ -111,5 +111,6 @@ def test_gptq_beats_rounding_by_more_than_noise(demo: ExportResult, bits: int) -
 def test_the_demos_files(demo: ExportResult) -> None:
     files = {path.name for path in demo.output.iterdir()}
     variants = {"bnb-8bit", "bnb-4bit"} | {f"{m}-{b}bit" for m in ("gptq", "rtn") for b in (4, 3, 2)}
+    variants |= {"gguf-q8_0", "gguf-q4_k_m", "gguf-q2_k"}
     assert files == {"merged", "sharded", "scores", "report.json", "report.md"} | variants
     assert (Path(demo.output) / "sharded" / "model.safetensors.index.json").is_file()
