@@ -44,6 +44,7 @@ _ENCODED = [
     *("q8_0", "q4_0", "q4_1", "q5_0", "q5_1"),
     *("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs"),
     *("iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs"),
+    *("tq1_0", "tq2_0", "mxfp4"),
 ]
 _SIDE, _TURNS = 1024, 5
 _LADDER = ("q8_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_xs", "q3_k_m", "iq3_m", "q2_k")
