@@ -10,8 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from qexport.checkpoint.disk import read_errors, write_errors
+from qexport.checkpoint.disk import write_errors
 from qexport.checkpoint.manifest import MANIFEST_FILE, Manifest, Recipe, carried_figures, record_files
+from qexport.checkpoint.sidecars import copy_sidecars
 from qexport.checkpoint.staging import StagedDirectory, require_space
 from qexport.checkpoint.weights_files import Flusher, LastOpened, WeightsFile
 
@@ -123,12 +124,7 @@ class StagedOutput(ABC):
         if self._left:
             raise RuntimeError(f"planned but not written: {sorted(map(str, self._left))[:3]}")
         directory, target = self._staged.path, self._staged.target
-        for sidecar, source in self._sidecars.items():
-            with read_errors(source):
-                content = source.read_bytes()
-            with write_errors(target):
-                (directory / sidecar).parent.mkdir(parents=True, exist_ok=True)
-                (directory / sidecar).write_bytes(content)
+        copy_sidecars(self._sidecars, directory, target)
         with write_errors(target):
             for file in {id(room.file): room.file for room in self._rooms.values()}.values():
                 file.close()

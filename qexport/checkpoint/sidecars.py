@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from qexport.checkpoint.disk import read_errors, write_errors
 
 # What is not listed stays behind: other weights, optimizer states, the base's model card.
 PATTERNS = (
@@ -54,6 +57,16 @@ def sidecar_files(directory: Path) -> list[Path]:
     """The sidecar files of a model, relative to its directory, sorted."""
     found = {file for pattern in PATTERNS for file in directory.glob(pattern) if file.is_file()}
     return sorted(file.relative_to(directory) for file in found)
+
+
+def copy_sidecars(sidecars: Mapping[Path, Path], directory: Path, target: Path) -> None:
+    """Copies them to their names in `directory`, which is to be `target`. Raises StorageError."""
+    for name, source in sidecars.items():
+        with read_errors(source):
+            content = source.read_bytes()
+        with write_errors(target):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_bytes(content)
 
 
 def sidecars_of(directory: Path) -> dict[Path, Path]:

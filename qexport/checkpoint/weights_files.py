@@ -64,24 +64,17 @@ class LastOpened:
             self._path = None
 
 
-class SafetensorsFile:
-    """A safetensors file: every tensor's place is known from the start, so pieces may come in any order."""
+class HashedFile:
+    """A file that begins with `header` and takes its other bytes in any order, hashed as they pass."""
 
-    def __init__(self, path: Path, shard: Shard, opened: LastOpened) -> None:
+    def __init__(self, path: Path, header: bytes, opened: LastOpened) -> None:
         self.path, self._opened = path, opened
-        header = header_bytes(shard.tensors)
         path.write_bytes(header)
         self._hash = PassingHash(path)
         self._hash.add(0, header)
-        self._places: dict[str, int] = {}
-        offset = len(header)
-        for tensor in shard.tensors:
-            self._places[tensor.name] = offset
-            offset += tensor.size
 
-    def write(self, name: str, begin: int, piece: memoryview) -> None:
-        """See `WeightsFile`."""
-        offset = self._places[name] + begin
+    def put(self, offset: int, piece: memoryview) -> None:
+        """`piece` stands at byte `offset`."""
         hashed = self._opened.hasher.submit(self._hash.add, offset, piece)  # both at once
         descriptor = self._opened.descriptor(self.path)
         done = 0
@@ -92,6 +85,23 @@ class SafetensorsFile:
     def close(self) -> None:
         """See `WeightsFile`."""
         self._hash.remember()
+
+
+class SafetensorsFile(HashedFile):
+    """A safetensors file: every tensor's place is known from the start, so pieces may come in any order."""
+
+    def __init__(self, path: Path, shard: Shard, opened: LastOpened) -> None:
+        header = header_bytes(shard.tensors)
+        super().__init__(path, header, opened)
+        self._places: dict[str, int] = {}
+        offset = len(header)
+        for tensor in shard.tensors:
+            self._places[tensor.name] = offset
+            offset += tensor.size
+
+    def write(self, name: str, begin: int, piece: memoryview) -> None:
+        """See `WeightsFile`."""
+        self.put(self._places[name] + begin, piece)
 
 
 class PytorchFile:

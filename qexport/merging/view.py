@@ -17,10 +17,11 @@ from typing import NoReturn, cast
 import torch
 
 from qexport.checkpoint.checkpoint import CONFIG_FILE, Checkpoint
-from qexport.checkpoint.disk import read_errors, write_errors
+from qexport.checkpoint.disk import write_errors
 from qexport.checkpoint.finiteness import non_finite_error
 from qexport.checkpoint.manifest import Recipe
 from qexport.checkpoint.safetensors_file import byte_view
+from qexport.checkpoint.sidecars import copy_sidecars
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.ties import tie_of
 from qexport.checkpoint.writer import CheckpointWriter
@@ -77,12 +78,7 @@ def merged_view(
 
 
 def _write_small_files(directory: Path, plan: MergePlan) -> None:
-    for name, source in plan.sidecars.items():
-        with read_errors(source):
-            content = source.read_bytes()
-        with write_errors(directory):
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            (directory / name).write_bytes(content)
+    copy_sidecars(plan.sidecars, directory, directory)
     with write_errors(directory):
         if plan.chat_template:
             (directory / "chat_template.jinja").write_text(plan.chat_template, encoding="utf-8")

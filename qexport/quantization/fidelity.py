@@ -26,11 +26,12 @@ def tensor_error(
         if hessian is not None:
             weighted_square += float((W @ hessian * W).sum())
             weighted_lost += float((D @ hessian * D).sum())
-    weighted = None if hessian is None else _ratio(weighted_lost, weighted_square)
-    return TensorError(name, bits, _ratio(lost, square), weighted)
+    weighted = None if hessian is None else ratio(weighted_lost, weighted_square)
+    return TensorError(name, bits, ratio(lost, square), weighted)
 
 
-def _ratio(lost: float, square: float) -> float:
+def ratio(lost: float, square: float) -> float:
+    """|W' - W| / |W| of the squares of both; infinite where something was lost of nothing."""
     if square <= 0:
         return math.inf if lost > 0 else 0.0
     return math.sqrt(max(lost, 0.0) / square)

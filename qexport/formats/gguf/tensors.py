@@ -63,6 +63,11 @@ class GgufTensor:
         """What it is in any block: "attn_v", "ffn_down_exps", "token_embd"."""
         return kind_of(self.name)
 
+    @property
+    def experts(self) -> int | None:
+        """How many matrices it stacks; None for one that is no stack."""
+        return self.shape[0] if len(self.shape) == 3 else None
+
     def row_order(self) -> torch.Tensor | None:
         """Numbers int64 [rows] of the rows on disk in the file's order, the same for each expert; None when
         they go as they are.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qexport.checkpoint.hashing import PassingHash
-from qexport.checkpoint.weights_files import LastOpened
+from qexport.checkpoint.weights_files import HashedFile, LastOpened
 from qexport.formats.gguf.container import (
     ALIGNMENT,
     ALIGNMENT_KEY,
@@ -23,7 +21,6 @@ from qexport.formats.gguf.container import (
 from qexport.formats.gguf.values import string_bytes, value_bytes
 
 _NAME_BYTES = 64  # ggml.h, GGML_MAX_NAME: the zero at its end included
-_WRITE_BYTES = 1 << 17  # as in weights_files.py
 
 
 def tensor_offsets(tensors: Sequence[PlannedTensor], alignment: int = ALIGNMENT) -> dict[str, int]:
@@ -67,7 +64,7 @@ def header_bytes(
     return raw + bytes(-len(raw) % alignment)
 
 
-class GgufFile:
+class GgufFile(HashedFile):
     """A GGUF file that is being written: every tensor's place is known, so pieces may come in any order.
 
     See `WeightsFile`. Raises OSError.
@@ -81,11 +78,8 @@ class GgufFile:
         opened: LastOpened,
         alignment: int = ALIGNMENT,
     ) -> None:
-        self.path, self._opened = path, opened
         header = header_bytes(metadata, tensors, alignment)
-        path.write_bytes(header)
-        self._hash = PassingHash(path)
-        self._hash.add(0, header)
+        super().__init__(path, header, opened)
         offsets = tensor_offsets(tensors, alignment)
         self._places = {tensor.name: (len(header) + offsets[tensor.name], tensor.size) for tensor in tensors}
         self._alignment = alignment
@@ -96,18 +90,6 @@ class GgufFile:
         end = begin + len(piece)
         if end > size:
             raise ValueError(f"{end - size} bytes too many for {name}")
-        self._put(place + begin, piece)
+        self.put(place + begin, piece)
         if end == size and (padding := -size % self._alignment):
-            self._put(place + size, memoryview(bytes(padding)))
-
-    def close(self) -> None:
-        """All has been written."""
-        self._hash.remember()
-
-    def _put(self, offset: int, piece: memoryview) -> None:
-        hashed = self._opened.hasher.submit(self._hash.add, offset, piece)  # both at once
-        descriptor = self._opened.descriptor(self.path)
-        done = 0
-        while done < len(piece):
-            done += os.pwrite(descriptor, piece[done : done + _WRITE_BYTES], offset + done)
-        hashed.result()
+            self.put(place + size, memoryview(bytes(padding)))

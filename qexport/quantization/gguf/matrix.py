@@ -8,7 +8,6 @@ from pathlib import Path
 from qexport.errors import SpecError, first_of
 from qexport.events import Noted, OnEvent
 from qexport.formats.gguf.imatrix import ImportanceMatrix, read_imatrix
-from qexport.formats.gguf.tensors import GgufTensor
 from qexport.quantization.gguf.checks import hungry
 from qexport.quantization.gguf.plan import GgufPlan, is_coded
 from qexport.quantization.importance import layer_inputs
@@ -26,7 +25,7 @@ def known_matrix(plan: GgufPlan, on_event: OnEvent) -> ImportanceMatrix | None:
     matrix = read_imatrix(Path(given))
     coded = [t for t in plan.tensors if any(is_coded(variant.types[t.name]) for variant in plan.variants)]
     try:
-        known = {t.name for t in coded if matrix.importance(t.name, t.shape[-1], _experts(t)) is not None}
+        known = {t.name for t in coded if matrix.importance(t.name, t.shape[-1], t.experts) is not None}
     except SpecError as error:
         raise SpecError(f"{given}: {error.found}", expected=error.expected, remedy=error.remedy) from error
     if not known:
@@ -54,7 +53,3 @@ def _require_known(plan: GgufPlan, known: Collection[str], why: str) -> None:
                     f"{name} becomes {kind.name}, which needs importance, and {why}",
                     expected=f"another type for it, such as --override '{name}=q4_k'",
                 )
-
-
-def _experts(tensor: GgufTensor) -> int | None:
-    return tensor.shape[0] if len(tensor.shape) == 3 else None

@@ -21,6 +21,7 @@ from qexport.formats.gguf.slabs import VALUES, Slab, SlabReader, slabs_of
 from qexport.formats.gguf.tensors import GgufTensor
 from qexport.grids.ggml.grid import GgmlGrid
 from qexport.grids.ggml.types import BlockType
+from qexport.quantization.fidelity import ratio
 from qexport.quantization.gguf.plan import is_coded
 from qexport.results import TensorError
 
@@ -91,8 +92,8 @@ class TensorStream:
             TensorError(
                 name,
                 GgmlGrid(self.files[number][name]).bits,
-                _share(loss.lost, loss.square),
-                _share(loss.weighted_lost, loss.weighted_square) if loss.weighted_square else None,
+                ratio(loss.lost, loss.square),
+                ratio(loss.weighted_lost, loss.weighted_square) if loss.weighted_square else None,
             )
             for (file, name), loss in self._losses.items()
             if file == number
@@ -109,8 +110,7 @@ class TensorStream:
         """What each input of the tensor's rows weighs, [in] or [experts, in]; None for all alike."""
         if self.importance is None:
             return None
-        experts = tensor.shape[0] if len(tensor.shape) == 3 else None
-        return self.importance.importance(tensor.name, tensor.shape[-1], experts)
+        return self.importance.importance(tensor.name, tensor.shape[-1], tensor.experts)
 
     def _write(self, item: _Weighed, encoded: Mapping[BlockType, _Encoded]) -> None:
         slab, name = item.slab, item.slab.tensor.name
@@ -160,9 +160,3 @@ def _loss(rows: torch.Tensor, decoded: torch.Tensor, h: torch.Tensor | None) -> 
     if h is None:
         return _Loss(float(squares.sum()), float(lost.sum()))
     return _Loss(float(squares.sum()), float(lost.sum()), float(squares @ h), float(lost @ h))
-
-
-def _share(lost: float, square: float) -> float:
-    if square <= 0:
-        return math.inf if lost > 0 else 0.0
-    return math.sqrt(max(lost, 0.0) / square)
