@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import ggml as ggml_encoders
 from qexport.errors import MissingDependencyError, SpecError
 from qexport.grids.ggml.types import TYPES, BlockType
 
@@ -26,24 +25,15 @@ LINES = [*LEGACY, "tq1_0", "tq2_0", "mxfp4", *IQ4]
 
 @pytest.fixture(scope="session")
 def ggml() -> Any:
-    """ggml's C functions."""
-    package = pytest.importorskip("xllamacpp")
-    library = ctypes.CDLL(str(next(Path(package.__file__).parent.glob("*.abi3.so"))))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
-        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
-    ]
-    return library
+    """ggml's own encoders."""
+    pytest.importorskip("xllamacpp")
+    return ggml_encoders
 
 
 def by_ggml(
     ggml: Any, kind: BlockType, weight: torch.Tensor, importance: torch.Tensor | None = None
 ) -> torch.Tensor:
-    rows, inputs = weight.shape
-    blocks = torch.zeros(rows, kind.row_bytes(inputs), dtype=torch.uint8)
-    pointer = None if importance is None else importance.data_ptr()
-    ggml.ggml_quantize_chunk(kind.number, weight.data_ptr(), blocks.data_ptr(), 0, rows, inputs, pointer)
+    blocks: torch.Tensor = ggml.encode(kind, weight, importance)
     return blocks
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import ggml as ggml_encoders
 from qexport.errors import SpecError
 from qexport.grids.ggml.k_layout import KScales
 from qexport.grids.ggml.types import block_type
@@ -56,30 +54,10 @@ def gguf_decode(name: str, blocks: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), kind))
 
 
-@cache
 def ggml() -> Quantizer:
     """ggml_quantize_chunk of the real ggml."""
     pytest.importorskip("xllamacpp")
-    found = importlib.util.find_spec("xllamacpp")
-    assert found is not None
-    assert found.origin is not None
-    library = ctypes.CDLL(str(next(Path(found.origin).parent.glob("xllamacpp*.so"))))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    library.ggml_quantize_chunk.argtypes = [
-        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
-        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
-    ]
-
-    def quantize(name: str, weight: torch.Tensor, h: torch.Tensor | None) -> torch.Tensor:
-        kind = block_type(name)
-        rows, inputs = weight.shape
-        out = torch.empty(rows, kind.row_bytes(inputs), dtype=torch.uint8)
-        library.ggml_quantize_init(kind.number)
-        given = None if h is None else h.data_ptr()
-        library.ggml_quantize_chunk(kind.number, weight.data_ptr(), out.data_ptr(), 0, rows, inputs, given)
-        return out
-
-    return quantize
+    return lambda name, weight, h: ggml_encoders.encode(block_type(name), weight, h)
 
 
 def own_weights(name: str, weight: torch.Tensor, h: torch.Tensor | None) -> torch.Tensor:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import ggml
 from qexport.errors import SpecError
 from qexport.grids.ggml.types import BlockType, block_type
 from tests.conftest import shared
@@ -47,26 +43,10 @@ def by_gguf(kind: BlockType, blocks: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(gguf.quants.dequantize(blocks.numpy(), number))
 
 
-@cache
-def ggml() -> Any:
-    """llama.cpp's C functions, from the wheel of xllamacpp."""
-    package = pytest.importorskip("xllamacpp")
-    library = ctypes.CDLL(str(next(Path(package.__file__).parent.glob("xllamacpp*.so"))))
-    library.ggml_quantize_chunk.restype = ctypes.c_size_t
-    pointer, count = ctypes.c_void_p, ctypes.c_int64
-    library.ggml_quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, count, count, count, pointer]
-    return library
-
-
 def by_ggml(kind: BlockType, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
     """Blocks by llama.cpp's encoder."""
-    library = ggml()
-    library.ggml_quantize_init(kind.number)
-    rows, inputs = weight.shape
-    blocks = torch.zeros(rows, kind.row_bytes(inputs), dtype=torch.uint8)
-    weighed = None if importance is None else importance.data_ptr()
-    library.ggml_quantize_chunk(kind.number, weight.data_ptr(), blocks.data_ptr(), 0, rows, inputs, weighed)
-    return blocks
+    pytest.importorskip("xllamacpp")
+    return ggml.encode(kind, weight, importance)
 
 
 def loss(weight: torch.Tensor, decoded: torch.Tensor, importance: torch.Tensor | None = None) -> float:

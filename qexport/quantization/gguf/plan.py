@@ -13,7 +13,7 @@ import torch
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.errors import SpecError, UnsupportedModelError, first_of
 from qexport.events import Noted, OnEvent
-from qexport.formats.gguf.container import Metadata, Typed
+from qexport.formats.gguf.container import Metadata, PlannedTensor, Typed
 from qexport.formats.gguf.mixes import (
     BY_BITS,
     Mix,
@@ -60,9 +60,13 @@ class GgufPlan:
         held = {name: tuple(value.shape) for name, value in self.computed.items()}
         return held | {tensor.name: tuple(tensor.shape) for tensor in self.tensors}
 
+    def planned(self, variant: Variant) -> list[PlannedTensor]:
+        """A variant's tensors, in the file's order."""
+        return [PlannedTensor(name, variant.types[name], shape) for name, shape in self.shapes.items()]
+
     def size(self, variant: Variant) -> int:
         """Bytes of a variant's tensors."""
-        return sum(tensor_bytes(variant.types[name], shape) for name, shape in self.shapes.items())
+        return sum(tensor.size for tensor in self.planned(variant))
 
     def in_blocks(self, variant: Variant) -> BlockView:
         """The plan as the calibrated solvers see it."""
@@ -123,14 +127,6 @@ class BlockView:
 def is_coded(kind: BlockType) -> bool:
     """Whether a type's weights are codes, not floats."""
     return kind.values > 1
-
-
-def tensor_bytes(kind: BlockType, shape: Sequence[int]) -> int:
-    """Bytes of a tensor in a file."""
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    return rows * kind.row_bytes(shape[-1])
 
 
 def plan_gguf(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,14 +25,13 @@ from qexport.formats.gguf.settings import remarks, settings
 from qexport.formats.gguf.splitting import SUFFIX, read_model
 from qexport.formats.gguf.tensors import GgufTensor, Part
 from qexport.formats.gguf.tokenizer.vocabulary import Vocabulary, vocabulary
-from qexport.grids.ggml.types import BlockType
 from qexport.measure import Measured
 from qexport.modeling.calibration import CalibrationData, calibration_data, check_calibration
 from qexport.modeling.skeleton import Skeleton
 from qexport.quantization.by_blocks import BlockQuantizer
 from qexport.quantization.gguf.matrix import known_matrix
 from qexport.quantization.gguf.modelfile import licences, modelfiles
-from qexport.quantization.gguf.plan import GgufPlan, Variant, is_coded, plan_gguf, tensor_bytes
+from qexport.quantization.gguf.plan import GgufPlan, Variant, is_coded, plan_gguf
 from qexport.quantization.gguf.stream import TensorStream, stream_bytes
 from qexport.quantization.importance import gather_importance, layer_inputs
 from qexport.quantization.source import Source
@@ -188,7 +186,7 @@ def quantize_gguf(
         ),
         size_bytes=sum(file.size_bytes for file in files),
         bits_per_weight=files[smallest].bits_per_weight,
-        layer_bits_per_weight=_coded_bits(plan, types),
+        layer_bits_per_weight=_coded_bits(models[smallest].tensors),
         copies=1,
         seconds=cost.seconds,
         peak_bytes=cost.peak_bytes,
@@ -210,9 +208,8 @@ def _planned_model(prepared: Prepared, variant: Variant, matrix: ImportanceMatri
         metadata["quantize.imatrix.dataset"] = text(", ".join(names))
         metadata["quantize.imatrix.entries_count"] = u32(len(matrix.entries))
         metadata["quantize.imatrix.chunks_count"] = u32(matrix.chunk_count)
-    tensors = [PlannedTensor(name, variant.types[name], shape) for name, shape in plan.shapes.items()]
     split = plan.spec.max_shard_size if "max_shard_size" in plan.spec.model_fields_set else None
-    return PlannedModel(f"{prepared.stem}-{variant.mix.name.upper()}", metadata, tensors, split)
+    return PlannedModel(f"{prepared.stem}-{variant.mix.name.upper()}", metadata, plan.planned(variant), split)
 
 
 def _write_tensors(
@@ -295,8 +292,7 @@ def _file_result(plan: GgufPlan, number: int, model: PlannedModel) -> GgufFileRe
     )
 
 
-def _coded_bits(plan: GgufPlan, types: Mapping[str, BlockType]) -> float:
-    coded = [name for name, kind in types.items() if is_coded(kind)]
-    weights = sum(math.prod(plan.shapes[name]) for name in coded)
-    size = sum(tensor_bytes(types[name], plan.shapes[name]) for name in coded)
-    return round(8 * size / weights, 4) if weights else 0.0
+def _coded_bits(tensors: Sequence[PlannedTensor]) -> float:
+    coded = [tensor for tensor in tensors if is_coded(tensor.type)]
+    weights = sum(tensor.numel for tensor in coded)
+    return round(8 * sum(tensor.size for tensor in coded) / weights, 4) if weights else 0.0
