@@ -169,6 +169,9 @@ class WeightsSpec(ShardSpec):
     pre_tokenizer: str | None = Field(
         None, description="gguf: llama.cpp's name of the pre-tokenizer, where it cannot be told by itself"
     )
+    device: str | None = Field(
+        None, description="gguf: where blocks are encoded: cpu, cuda or cuda:N; default: cpu"
+    )
     override: _Names = Field(
         (),
         description="other bits for layers whose names match, 'PATTERN=BITS' or 'PATTERN=BITS:GROUP_SIZE', "
@@ -350,11 +353,13 @@ def spec_of(method: str, **options: Any) -> AnyQuantizeSpec:
 class VerifySpec(Spec):
     """How a candidate is measured against its reference."""
 
+    GATES: ClassVar[tuple[str, ...]] = ("max_loss", "max_kl", "min_bleu")
+
     text: str | None = Field(None, description="held-out text for perplexity; default: the package's own")
     pairs: str | None = Field(
         None,
-        description="JSON lines of prompt and reference for BLEU; default: the package's own, "
-        "with its own text only",
+        description="prompts with references, to compare answers: JSON lines of prompt and reference, Alpaca, "
+        "ShareGPT or translation pairs; default: the package's own, with its own text only",
     )
     window: int = Field(512, ge=2, description="tokens the model sees at once, at most")
     stride: int | None = Field(None, ge=1, description="new tokens scored a window; default: half the window")
@@ -362,6 +367,16 @@ class VerifySpec(Spec):
     max_pairs: int | None = Field(None, ge=1, description="use the first pairs only")
     max_new_tokens: int = Field(96, ge=1, description="longest generated answer, in tokens")
     batch_size: int = Field(32, ge=1, description="prompts generated at once")
+    max_logits_size: Size = Field(
+        2_000_000_000,
+        description="disk for the full-precision model's logits; past it, a token's likeliest only are kept",
+    )
     max_loss: Share | None = Field(
         None, description="largest allowed rise of perplexity, e.g. 8%; more exits with 1"
+    )
+    max_kl: float | None = Field(
+        None, ge=0, description="largest allowed KL divergence to full precision, nats a token"
+    )
+    min_bleu: float | None = Field(
+        None, ge=0, le=100, description="least allowed BLEU against the references"
     )

@@ -120,6 +120,8 @@ OPTIONS: list[tuple[str, list[str]]] = [
     ("--override blk.0.ffn_up=iq2_xs", ["--override", "blk.0.ffn_up.weight", "128 weights", "iq4_nl"]),
     ("--skip model.layers.0.*", ["--skip 'model.layers.0.*' matches no layer"]),
     ("--pre-tokenizer nonsense", ["the pre-tokenizer 'nonsense'", "llama-bpe", "qwen2"]),
+    ("--device gpu", ["--device gpu", "cpu, cuda or cuda:N"]),
+    ("--device cuda:99", ["--device cuda:99: this machine has", "leave it out"]),
     ("--max-shard-size nonsense", ["--max-shard-size"]),
     ("--max-shard-size 0", ["--max-shard-size"]),
     ("--calibration none.txt", ["none.txt is no file"]),

@@ -21,6 +21,7 @@ from qexport.formats.gguf.container import read_header
 from qexport.formats.gguf.lora import LoraPair, adapter_metadata, check_dtype, write_lora
 from qexport.formats.gguf.rows import row_of
 from qexport.formats.gguf.tensors import GgufTensor, Part, gguf_tensors
+from qexport.formats.gguf.text_model import text_model
 from qexport.formats.opening import open_checkpoint
 from qexport.merging.adapter import Adapter, open_adapter, require_finite_adapter
 from qexport.merging.book import EditBook
@@ -89,7 +90,8 @@ def convert_adapter(
     opened = open_adapter(adapter)
     _require_lora(opened)
     base = _base_of(opened) if base is None else base
-    checkpoint = open_checkpoint(base)
+    whole = open_checkpoint(base)
+    checkpoint = text_model(whole)
     given = local_path(base)
     check_out = partial(
         check_target_file,
@@ -107,7 +109,8 @@ def convert_adapter(
     for note in book.notes:
         on_event(Noted(note))
     _require_same_vocabulary(book, checkpoint)
-    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    config = None if checkpoint is whole else checkpoint.config
+    skeleton = build_skeleton(checkpoint, config=config, trust_remote_code=trust_remote_code)
     tensors = gguf_tensors(checkpoint, skeleton)
     _require_places(book, checkpoint, tensors)
     changed = [tensor for tensor in tensors if any(part.name in book.edits for part in tensor.parts)]

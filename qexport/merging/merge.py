@@ -14,7 +14,8 @@ from qexport.checkpoint.finiteness import non_finite_error, require_finite
 from qexport.checkpoint.manifest import Recipe, fingerprint
 from qexport.checkpoint.sharding import PYTORCH, SAFETENSORS, plan_shards
 from qexport.checkpoint.writer import CheckpointWriter
-from qexport.errors import NonFiniteError, SpecError
+from qexport.devices import device_of
+from qexport.errors import NonFiniteError
 from qexport.events import Finished, OnEvent, Started, ignore
 from qexport.measure import peak_resident_bytes
 from qexport.merging.adapter import Adapter, open_adapter
@@ -134,22 +135,6 @@ def planned_merge(
         plan.size,
         peak_resident_bytes() + stream_bytes(plan.tensors),
     )
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name. Raises SpecError when there is no such, or none here."""
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"no device {name}")
-    except RuntimeError as error:
-        raise SpecError(f"--device {name}", expected="cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SpecError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices",
-            remedy="leave it out",
-        )
-    return device
 
 
 def _raise_broken(plan: MergePlan, whose: str, planned: PlannedTensor) -> NoReturn:

@@ -25,9 +25,10 @@ from qexport.checkpoint.sidecars import copy_sidecars
 from qexport.checkpoint.tensors import TensorInfo
 from qexport.checkpoint.ties import tie_of
 from qexport.checkpoint.writer import CheckpointWriter
+from qexport.devices import device_of
 from qexport.errors import SpecError
 from qexport.events import OnEvent, ignore
-from qexport.merging.merge import device_of, merge_recipe
+from qexport.merging.merge import merge_recipe
 from qexport.merging.plan import MergePlan, plan_merge
 from qexport.merging.sources import ResizedSource, Source, StoredSource
 from qexport.merging.stream import MergeStream, PlannedTensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,13 +178,15 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def build_skeleton(source: Path | Checkpoint, *, trust_remote_code: bool = False) -> Skeleton:
+def build_skeleton(
+    source: Path | Checkpoint, *, config: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> Skeleton:
     """The skeleton of the model in a directory, from its config.json alone, or of a checkpoint's model.
 
-    That of a checkpoint is bound to its names. Raises as `build_model`.
+    That of a checkpoint is bound to its names. `config` as in `build_model`. Raises as `build_model`.
     """
     path = source if isinstance(source, Path) else source.path
-    model = build_model(path, trust_remote_code=trust_remote_code)
+    model = build_model(path, config=config, trust_remote_code=trust_remote_code)
     unfuse(model)
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = (
@@ -193,22 +196,29 @@ def build_skeleton(source: Path | Checkpoint, *, trust_remote_code: bool = False
     return skeleton if isinstance(source, Path) else skeleton.bound(source)
 
 
-def build_model(path: Path, *, trust_remote_code: bool = False) -> Any:
+def build_model(
+    path: Path, *, config: Mapping[str, Any] | None = None, trust_remote_code: bool = False
+) -> Any:
     """transformers' model of the config.json in `path`, parameters on the meta device, in evaluation mode.
+
+    `config` is that of a model within the one in `path`, of a type that transformers itself knows.
 
     Raises UnsupportedModelError for an unknown architecture, or one that brings its own code when that
     is not trusted, and NotACheckpointError for a config that describes no model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
     quiet_transformers()
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # the skeleton is that of the full-precision model
+        if config is None:
+            full = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        else:
+            full = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+        if hasattr(full, "quantization_config"):
+            del full.quantization_config  # the skeleton is that of the full-precision model
         with _on_meta():
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                full, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # transformers raises whatever a broken config leads it to
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -15,8 +15,8 @@ from qexport.formats.gguf.imatrix import ImportanceMatrix, read_imatrix, write_i
 from qexport.formats.gguf.tensors import gguf_tensors
 from qexport.formats.opening import open_checkpoint
 from qexport.modeling.calibration import calibration_data, check_calibration
-from qexport.modeling.skeleton import build_skeleton
 from qexport.quantization.importance import gather_importance, layer_inputs
+from qexport.quantization.source import Source, text_source
 from qexport.specs import CalibrationSpec
 
 
@@ -47,8 +47,13 @@ def make_imatrix(
     )
     check_out()
     check_calibration(spec)
-    checkpoint = open_checkpoint(path)
-    skeleton = build_skeleton(checkpoint, trust_remote_code=trust_remote_code)
+    opened, skeleton = text_source(
+        Source(open_checkpoint(path), path, dict, [path]),
+        spec,
+        trust_remote_code=trust_remote_code,
+        on_event=on_event,
+    )
+    checkpoint = opened.checkpoint
     layers = layer_inputs(gguf_tensors(checkpoint, skeleton))
     require_finite(checkpoint, on_event=on_event)
     data = calibration_data(path, spec, skeleton, trust_remote_code=trust_remote_code, on_event=on_event)

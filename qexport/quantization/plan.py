@@ -27,7 +27,7 @@ from qexport.quantization.choice import FULL, Override, chosen_bits, skipped
 from qexport.specs import AnyQuantizeSpec
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_GGUF_ONLY = ("type", "pre_tokenizer", "imatrix")
+_GGUF_ONLY = ("type", "pre_tokenizer", "device", "imatrix")
 _QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 

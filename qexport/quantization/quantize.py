@@ -15,6 +15,7 @@ from qexport.checkpoint.sidecars import sidecars_of
 from qexport.checkpoint.staging import check_target
 from qexport.checkpoint.writer import CheckpointWriter
 from qexport.events import Finished, OnEvent, Started, ignore
+from qexport.formats.gguf.text_model import is_multimodal
 from qexport.measure import Measured
 from qexport.methods import FORMATS
 from qexport.modeling.calibration import (
@@ -27,7 +28,7 @@ from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.quantization.by_blocks import BlockQuantizer
 from qexport.quantization.data_free import quantize_alone
 from qexport.quantization.plan import Plan, plan_quantization
-from qexport.quantization.source import Source, opened_source
+from qexport.quantization.source import Source, opened_source, text_source
 from qexport.results import QuantizeResult, TensorError
 from qexport.specs import AnyQuantizeSpec, CalibrationSpec, ImportanceSpec
 
@@ -77,11 +78,15 @@ def quantize(
     with opened_source(
         source, adapters, spec, trust_remote_code=trust_remote_code, on_event=on_event
     ) as opened:
-        skeleton = build_skeleton(opened.path, trust_remote_code=trust_remote_code)
         if spec.format == GGUF:
             from qexport.quantization.gguf.quantize import quantize_gguf as run  # its packages are an extra
+
+            opened, skeleton = text_source(
+                opened, spec, trust_remote_code=trust_remote_code, on_event=on_event
+            )
         else:
             run = _quantize
+            skeleton = build_skeleton(opened.path, trust_remote_code=trust_remote_code)
         return run(
             opened,
             skeleton,
@@ -170,6 +175,8 @@ def planned_size(
         from qexport.quantization.gguf.quantize import prepare_gguf
 
         source = Source(checkpoint, checkpoint.path, dict, [checkpoint.path])
+        if is_multimodal(checkpoint):
+            source, skeleton = text_source(source, spec, on_event=on_event)
         files = prepare_gguf(source, skeleton, spec, on_event=on_event).plan
         return sum(map(files.size, files.variants))
     plan = plan_quantization(checkpoint, skeleton, spec, on_event)

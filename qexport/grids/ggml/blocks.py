@@ -10,41 +10,21 @@ import numpy.typing as npt
 import torch
 
 from qexport.errors import MissingDependencyError, SpecError
+from qexport.grids.ggml.device import blocks as device
 
-# of the mean importance of a block: weights that are never excited in calibration stay near, too
-_FLOOR = 1e-4
+_CPU = torch.device("cpu")
 
 
 def in_blocks(weight: torch.Tensor, width: int) -> npt.NDArray[np.float32]:
-    """fp32 [rows, in] as [rows * in / width, width], the same memory where that is contiguous.
-
-    Raises SpecError where rows are no whole number of blocks.
-    """
-    if weight.ndim != 2 or weight.shape[1] % width:
-        raise SpecError(
-            f"a weight of shape {tuple(weight.shape)}",
-            expected=f"rows of a multiple of {width} inputs",
-            remedy="choose a type of smaller blocks, or f16",
-        )
-    values: npt.NDArray[np.float32] = weight.detach().float().contiguous().numpy().reshape(-1, width)
+    """See `device.blocks`; for compiled kernels."""
+    values: npt.NDArray[np.float32] = device.in_blocks(weight, width).numpy()
     return values
 
 
 def importance_of_blocks(importance: torch.Tensor | None, inputs: int, width: int) -> npt.NDArray[np.float32]:
-    """Importances fp32 [in] as [in / width, width], of mean about 1 in each block; ones where there are none.
-
-    Blocks without any importance have ones, too. Raises SpecError for another number of them.
-    """
-    if importance is None:
-        return np.ones((1, width), np.float32)
-    if importance.shape != (inputs,):
-        raise SpecError(
-            f"importances of shape {tuple(importance.shape)}", expected=f"one each of {inputs} inputs"
-        )
-    groups = importance.detach().double().clamp(min=0).reshape(-1, width)
-    mean = groups.mean(dim=1, keepdim=True)
-    scaled = torch.where(mean > 0, groups / mean + _FLOOR, torch.ones_like(groups))
-    found: npt.NDArray[np.float32] = scaled.float().numpy()
+    """See `device.blocks`; for compiled kernels, wherever importances lie."""
+    groups = device.importance_of_blocks(importance, inputs, width, _CPU)
+    found: npt.NDArray[np.float32] = groups.numpy()
     return found
 
 
@@ -84,6 +64,11 @@ def from_nibbles(codes: torch.Tensor) -> torch.Tensor:
 def reciprocal(step: torch.Tensor) -> torch.Tensor:
     """1 / step, and 0 where the step is 0."""
     return torch.where(step == 0, torch.zeros_like(step), step.reciprocal())
+
+
+def in_torch(weight: torch.Tensor) -> bool:
+    """Whether a weight is encoded in torch (`device`): the compiled kernels run on CPUs alone."""
+    return weight.device.type != "cpu"
 
 
 def kernels(name: str) -> Any:

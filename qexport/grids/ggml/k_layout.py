@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from qexport.errors import SpecError
-from qexport.grids.ggml.blocks import kernels
+from qexport.grids.ggml import blocks as shared
 
 SUPER = 256
 
@@ -154,8 +154,14 @@ def _join(codes: torch.Tensor, shift: int, bits: int, width: int = 32) -> torch.
     Of 8 // bits runs of `width` codes, the first lies in the lowest bits of `width` bytes, the next above it;
     then the same with the runs that follow. `_split` is the way back.
     """
+    if shared.in_torch(codes):
+        runs = ((codes >> shift) & (2**bits - 1)).view(len(codes), -1, 8 // bits, width)
+        joined: torch.Tensor = runs[:, :, 0]
+        for run in range(1, 8 // bits):
+            joined = joined | (runs[:, :, run] << (run * bits))
+        return joined.flatten(1)
     packed = torch.empty(len(codes), SUPER * bits // 8, dtype=torch.uint8)
-    kernels("k_search").join(
+    shared.kernels("k_search").join(
         codes.numpy().view("u8"),
         np.uint64(shift),
         bits,

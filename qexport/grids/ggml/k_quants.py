@@ -1,8 +1,8 @@
 """K-quants: q2_k to q6_k, super-blocks of 256 weights whose sub-blocks' scales are quantized too.
 
-Layouts and decoding are ggml's (`k_layout`); the search for scales is our own (`k_search`). It looks for the
-least squared error, weighted by the importance of inputs where that is given, and chooses scales as they are
-stored: with quantized levels and fp16 steps.
+Layouts and decoding are ggml's (`k_layout`); the search for scales is our own (`k_search`, and in torch
+`device.k_search`). It looks for the least squared error, weighted by the importance of inputs where that is
+given, and chooses scales as they are stored: with quantized levels and fp16 steps.
 
 Large weights may count for more. ggml's own weights of errors are |x| (q2_k), x^2 (q3_k, q6_k) or rms + |x|
 (q4_k, q5_k), or with importance h, h sqrt(rms^2 + x^2); ours are h (1 + bend x^2 / rms^2). `bend` is chosen
@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from qexport.errors import SpecError
+from qexport.grids.ggml import blocks as shared
 from qexport.grids.ggml import k_layout
-from qexport.grids.ggml.blocks import kernels, reciprocal
+from qexport.grids.ggml.device import k_search
 from qexport.grids.ggml.k_layout import SUPER, KScales
 
 if TYPE_CHECKING:
@@ -119,16 +121,13 @@ class KQuant:
         self, values: torch.Tensor, step: torch.Tensor, origin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The nearest codes, int8, and what they stand for, fp32; elementwise."""
-        codes = (values - origin).mul_(reciprocal(step)).round_()
+        codes = (values - origin).mul_(shared.reciprocal(step)).round_()
         codes.clamp_(self.lowest, self.lowest + 2**self.bits - 1)
         return codes.to(torch.int8), codes.mul_(step).add_(origin)
 
     def pack(self, codes: torch.Tensor, scales: object) -> torch.Tensor:
-        """Blocks uint8 [rows, bytes], on a CPU, of codes [rows, in], whole numbers as `round` gives them."""
-        raw = codes.to("cpu", torch.int8)
-        if not self.minima:
-            raw = raw + self.zero
-        return self._assemble(raw.contiguous().view(torch.uint8), _scales(scales))
+        """Blocks uint8 [rows, bytes] of codes [rows, in], whole numbers as `round` gives them."""
+        return self._assemble(self._from_zero(codes.to(torch.int8)), _scales(scales))
 
     def encode(self, weight: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
         """Blocks uint8 [rows, bytes] of fp32 [rows, in]: `fit`, `round`, `pack`.
@@ -137,15 +136,15 @@ class KQuant:
         """
         rows, inputs = _checked(weight)
         errors = self._errors(importance, inputs)
-        packed = torch.empty(rows, inputs // SUPER * self.size, dtype=torch.uint8)
-        piece = max(1, _PIECE // inputs)
-        codes = torch.empty(min(rows, piece), inputs, dtype=torch.uint8)
+        packed = weight.new_empty(rows, inputs // SUPER * self.size, dtype=torch.uint8)
+        piece = max(1, (k_search.PIECE if shared.in_torch(weight) else _PIECE) // inputs)
+        codes = weight.new_empty(min(rows, piece), inputs, dtype=torch.uint8)
         for first in range(0, rows, piece):
             part = weight[first : first + piece]
             raw = codes[: len(part)]
             scales = self._search(part, errors, importance is not None, raw)
             packed[first : first + piece] = self._assemble(raw, scales)
-        return packed.to(weight.device)
+        return packed
 
     def decode(self, blocks: torch.Tensor) -> torch.Tensor:
         """fp32 [rows, in] of blocks uint8 [rows, bytes], to the bit as ggml and gguf-py decode them."""
@@ -162,15 +161,14 @@ class KQuant:
         self, weight: torch.Tensor, errors: torch.Tensor, weighed: bool, codes: torch.Tensor
     ) -> KScales:
         """The scales of a weight; its codes from 0 on go into `codes`, uint8 [rows, in] or empty."""
+        if shared.in_torch(weight):
+            return self._search_in_torch(weight, errors, weighed, codes)
         rows, inputs = weight.shape
-        found = kernels("k_search")
-        plain = weight.detach().to("cpu", torch.float32).contiguous()
+        found = shared.kernels("k_search")
+        plain = weight.detach().float().contiguous()
         steps = torch.zeros(2, rows * (inputs // SUPER))
         levels = torch.zeros(2, rows * (inputs // self.width))
         single = np.float32
-        starts = np.array(self.starts[: self.tried[weighed]], single)
-        if self.minima:
-            starts += np.array((2 * self.zero - 1, -0.5), single)
         search = found.affine if self.minima else found.symmetric
         search(
             plain.view(-1, self.width).numpy(),
@@ -179,7 +177,7 @@ class KQuant:
             found.LANES * self.width // SUPER,
             single(self.zero),
             single(self.top),
-            starts,
+            self._starts(weighed),
             np.array(self.tries, single),
             np.array(_CROSS if self.minima else _LINE, single),
             self.rounds[weighed],
@@ -187,23 +185,79 @@ class KQuant:
             levels.numpy(),
             codes.view(-1, self.width).numpy(),
         )
-        d, dmin = steps.half().view(2, rows, -1).to(weight.device)
-        level, minlevel = levels.to(torch.int8).view(2, rows, -1).to(weight.device)
-        return KScales(d, level, dmin, minlevel) if self.minima else KScales(d, level)
+        return self._found(rows, *steps, *levels)
+
+    def _search_in_torch(
+        self, weight: torch.Tensor, errors: torch.Tensor, weighed: bool, codes: torch.Tensor
+    ) -> KScales:
+        """As `_search`, on the weight's own device."""
+        rows, inputs = weight.shape
+        settings = k_search.Search(
+            count=SUPER // self.width,
+            width=self.width,
+            zero=self.zero,
+            top=self.top,
+            bend=self.bends[weighed],
+            starts=self._starts(weighed).tolist(),
+            tries=self.tries,
+            neighbours=_CROSS if self.minima else _LINE,
+            rounds=self.rounds[weighed],
+        )
+        search = k_search.affine if self.minima else k_search.symmetric
+        plain, errors = weight.detach().float().contiguous(), errors.to(weight.device)
+        parts = torch.split(plain, max(1, k_search.PIECE // inputs))
+        found = zip(*(search(part, errors, settings) for part in parts), strict=True)
+        _, d, dmin, levels, minlevels = map(torch.cat, found)
+        scales = self._found(rows, d, dmin, levels, minlevels)
+        if len(codes):
+            step, origin = self.lines(scales)
+            values = plain.view(rows, -1, self.width)
+            raw = self._from_zero(self.round(values, step[..., None], origin[..., None])[0])
+            codes.copy_(raw.view(rows, inputs))
+        return scales
+
+    def _starts(self, weighed: bool) -> npt.NDArray[np.float32]:
+        """Where the search starts, as it takes them."""
+        starts = np.array(self.starts[: self.tried[weighed]], np.float32)
+        if self.minima:
+            starts += np.array((2 * self.zero - 1, -0.5), np.float32)
+        return starts
+
+    def _found(
+        self,
+        rows: int,
+        d: torch.Tensor,
+        dmin: torch.Tensor,
+        levels: torch.Tensor,
+        minlevels: torch.Tensor,
+    ) -> KScales:
+        """Scales of what a search found, fp32 of any shape."""
+        step, level = d.half().view(rows, -1), levels.to(torch.int8).view(rows, -1)
+        if not self.minima:
+            return KScales(step, level)
+        return KScales(step, level, dmin.half().view(rows, -1), minlevels.to(torch.int8).view(rows, -1))
+
+    def _from_zero(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes from 0 on, uint8, of codes int8."""
+        return (codes if self.minima else codes + self.zero).contiguous().view(torch.uint8)
 
     def _assemble(self, codes: torch.Tensor, scales: KScales) -> torch.Tensor:
-        """Blocks uint8 [rows, bytes] of codes from 0 on, uint8 [rows, in]."""
+        """Blocks uint8 [rows, bytes] of codes from 0 on, uint8 [rows, in], on the codes' device."""
         rows, blocks = scales.d.shape
 
         def flat(part: torch.Tensor | None) -> torch.Tensor | None:
-            return None if part is None else part.cpu().reshape(rows * blocks, -1)
+            return None if part is None else part.to(codes.device).reshape(rows * blocks, -1)
 
-        d, levels = scales.d.cpu().reshape(-1, 1), scales.levels.cpu().reshape(rows * blocks, -1)
+        levels = scales.levels.to(codes.device).reshape(rows * blocks, -1)
+        d = scales.d.to(codes.device).reshape(rows * blocks, 1)
         flat_scales = KScales(d, levels, flat(scales.dmin), flat(scales.minlevels))
         return self.packer(codes.view(-1, SUPER), flat_scales).view(rows, -1)
 
     def _errors(self, importance: torch.Tensor | None, inputs: int) -> torch.Tensor:
-        """Weights of errors for the search: [width, sub-blocks of a row], above zero, or [width, 0]."""
+        """Weights of errors for the search: [width, sub-blocks of a row], above zero, or [width, 0].
+
+        They are made on a CPU: a look at whether they are numbers waits for the device in any case.
+        """
         if importance is None:
             return torch.ones(self.width, 0)
         if importance.shape != (inputs,):
@@ -211,14 +265,16 @@ class KQuant:
                 f"an importance of {tuple(importance.shape)}", expected=f"one for each of {inputs} inputs"
             )
         each = importance.detach().to("cpu", torch.float64)
-        if not (each.isfinite() & (each >= 0)).all():
-            raise SpecError("an importance that is negative or not finite", expected="mean squares of inputs")
+        _refuse_bad(each)
         mean = each.mean()
-        if mean == 0:
-            return torch.ones(self.width, 0)
-        columns = (each / mean).view(-1, self.width).T
+        columns = torch.where(mean > 0, each / mean, 1.0).view(-1, self.width).T
         least = (columns.amax(0, keepdim=True) * _APART).clamp(min=_UNIMPORTANT)
         return torch.maximum(columns, least).to(torch.float32).contiguous()
+
+
+def _refuse_bad(importance: torch.Tensor) -> None:
+    if not (importance.isfinite() & (importance >= 0)).all():
+        raise SpecError("an importance that is negative or not finite", expected="mean squares of inputs")
 
 
 def _checked(weight: torch.Tensor) -> tuple[int, int]:

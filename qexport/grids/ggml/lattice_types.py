@@ -1,10 +1,11 @@
-"""What the parts of the IQ2 and IQ3 encoders hand each other: arrays, as numba takes them."""
+"""What the parts of the IQ2 and IQ3 encoders hand each other: arrays, as numba takes them, and tensors."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 WIDTH = 256  # weights of a block
@@ -43,6 +44,15 @@ class Fields(NamedTuple):
     scales: Bytes
     points: Indices
     signs: Bytes
+
+
+class Parts(NamedTuple):
+    """`Fields` as tensors, on any device: `d` fp32, all else int32."""
+
+    d: torch.Tensor
+    scales: torch.Tensor
+    points: torch.Tensor
+    signs: torch.Tensor
 
 
 class Work(NamedTuple):

@@ -1,24 +1,28 @@
 """ggml's IQ2 and IQ3 types: blocks of 256 weights, whose magnitudes come in eights or fours from a list.
 
 A weight is d (2s + 1) unit p: d fp16 of the block, s (4 bits) of a group of 16 or 32, p a coordinate of the
-point that its eight or four have; the sign stands beside. Source: ggml-common.h, and gguf-py's decoders.
+point that its eight or four have; the sign stands beside. Source: ggml-common.h, and gguf-py's decoders. The
+search is `lattice_search`'s, or `device.lattices`' for weights that lie on a GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from qexport.errors import SpecError
-from qexport.grids.ggml.blocks import as_rows, importance_of_blocks, in_blocks
+from qexport.grids.ggml import blocks as ggml_blocks
+from qexport.grids.ggml.blocks import half_bytes, halves, importance_of_blocks, in_blocks
+from qexport.grids.ggml.device import blocks as device_blocks
+from qexport.grids.ggml.device.lattices import PIECE, parts_of_blocks
+from qexport.grids.ggml.device.sharing import in_pieces, kept_by_device
 from qexport.grids.ggml.lattice_search import encode_blocks
 from qexport.grids.ggml.lattice_tables import even_signs, grid, lattice, signs_of_bytes
-from qexport.grids.ggml.lattice_types import OCTETS, WIDTH, Bytes, Fields, Indices
+from qexport.grids.ggml.lattice_types import OCTETS, WIDTH, Fields, Parts
 from qexport.grids.ggml.types import Affine, Decoder, Encoder, block_type
 
 
@@ -28,7 +32,8 @@ class _Layout:
 
     `dims` weights share a point, `group` weights a scale. With `even` an octet has an even number of minus
     signs. `tries` scales are searched for each group: enough that more gain less than a percent, and as fast
-    as wanted. `pack` and `unpack` are the bytes behind d, uint8 [blocks, bytes].
+    as wanted. `pack` and `unpack` are the bytes behind d, uint8 [blocks, bytes], and the scales, points and
+    signs in them.
     """
 
     dims: int
@@ -36,8 +41,8 @@ class _Layout:
     unit: float
     even: bool
     tries: int
-    pack: Callable[[Fields], Bytes]
-    unpack: Callable[[Bytes], tuple[Bytes, Indices, Bytes]]
+    pack: Callable[[Parts], torch.Tensor]
+    unpack: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def _encode(name: str, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
@@ -45,25 +50,50 @@ def _encode(name: str, weight: torch.Tensor, importance: torch.Tensor | None) ->
 
     Raises SpecError for a type that needs importance and has none.
     """
+    kind = block_type(name)
+    search = _search_in_torch if ggml_blocks.in_torch(weight) else _search
+    blocks = torch.cat(
+        [
+            torch.cat((half_bytes(parts.d.half()), _LAYOUTS[name].pack(parts)), dim=1)
+            for parts in search(name, weight, importance)
+        ]
+    )
+    return blocks.reshape(len(weight), kind.row_bytes(weight.shape[1]))
+
+
+def _search(name: str, weight: torch.Tensor, importance: torch.Tensor | None) -> list[Parts]:
+    """Its blocks, by the compiled kernels."""
     layout = _LAYOUTS[name]
     values = in_blocks(weight, WIDTH)
+    _refuse_none(name, importance)
+    count = len(values)
+    d = torch.zeros(count)
+    scales = torch.zeros(count, WIDTH // layout.group, dtype=torch.uint8)
+    points = torch.zeros(count, WIDTH // layout.dims, dtype=torch.uint16)
+    signs = torch.zeros(count, OCTETS, dtype=torch.uint8)
+    fields = Fields(d.numpy(), scales.numpy(), points.numpy(), signs.numpy())
+    groups = importance_of_blocks(importance, weight.shape[1], WIDTH)
+    encode_blocks(values, groups, lattice(name), np.float32(layout.unit), layout.even, layout.tries, fields)
+    return [Parts(d, scales.int(), points.int(), signs.int())]
+
+
+def _search_in_torch(name: str, weight: torch.Tensor, importance: torch.Tensor | None) -> Iterator[Parts]:
+    """Its blocks in pieces, on the device where it lies."""
+    layout = _LAYOUTS[name]
+    values = device_blocks.in_blocks(weight, WIDTH)
+    _refuse_none(name, importance)
+    groups = device_blocks.importance_of_blocks(importance, weight.shape[1], WIDTH, weight.device)
+    for piece, weights in in_pieces(values, groups, PIECE // WIDTH):
+        yield parts_of_blocks(name, piece, weights, layout.group, layout.unit, layout.even, layout.tries)
+
+
+def _refuse_none(name: str, importance: torch.Tensor | None) -> None:
     if importance is None and block_type(name).needs_importance:
         raise SpecError(
             f"{name} without an importance matrix",
             expected="one",
             remedy="give a calibration text or an imatrix file",
         )
-    count = len(values)
-    fields = Fields(
-        np.zeros(count, np.float32),
-        np.zeros((count, WIDTH // layout.group), np.uint8),
-        np.zeros((count, WIDTH // layout.dims), np.uint16),
-        np.zeros((count, OCTETS), np.uint8),
-    )
-    groups = importance_of_blocks(importance, weight.shape[1], WIDTH)
-    encode_blocks(values, groups, lattice(name), np.float32(layout.unit), layout.even, layout.tries, fields)
-    d = fields.d.astype("<f2").view(np.uint8).reshape(count, 2)
-    return as_rows(np.concatenate((d, layout.pack(fields)), axis=1), len(weight))
 
 
 def _decode(name: str, blocks: torch.Tensor) -> torch.Tensor:
@@ -74,111 +104,119 @@ def _decode(name: str, blocks: torch.Tensor) -> torch.Tensor:
         raise SpecError(
             f"blocks of shape {tuple(blocks.shape)}", expected=f"rows of whole blocks of {size} bytes"
         )
-    raw: Bytes = blocks.contiguous().numpy().reshape(-1, size)
-    count = len(raw)
-    d = raw[:, :2].copy().view("<f2").astype(np.float32)
-    scales, points, signs = layout.unpack(np.ascontiguousarray(raw[:, 2:]))
-    steps = d * (scales * np.float32(2) + np.float32(1)) * np.float32(layout.unit)
-    values = grid(name).take(points, axis=0).reshape(count, OCTETS, 8)
-    values *= signs_of_bytes().take(signs, axis=0)
-    values = values.reshape(count, WIDTH // layout.group, layout.group)
-    values *= steps[:, :, None]
-    return torch.from_numpy(values.reshape(len(blocks), blocks.shape[1] // size * WIDTH))
+    raw = blocks.reshape(blocks.numel() // size, size)
+    scales, points, signs = layout.unpack(raw[:, 2:])
+    steps = halves(raw[:, :2].clone(memory_format=torch.contiguous_format)) * (scales * 2.0 + 1) * layout.unit
+    values = _points(name)(blocks)[0].index_select(0, points.flatten())
+    values = values.view(-1, 8).mul_(_signs(blocks)[1].index_select(0, signs.flatten()))
+    values = values.view(*steps.shape, layout.group).mul_(steps[:, :, None])
+    return values.view(len(blocks), blocks.shape[1] // size * WIDTH)
 
 
-def _pairs(scales: Bytes) -> Bytes:
+@cache
+def _points(name: str) -> Callable[[torch.Tensor], tuple[torch.Tensor]]:
+    """For a device the points of a type, fp32 [points, dims]."""
+    return kept_by_device(lambda device: (torch.tensor(grid(name)).to(device),))
+
+
+@kept_by_device
+def _signs(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `even_signs`, here int32, and `signs_of_bytes`."""
+    even = torch.tensor(even_signs().astype("i4")).to(device)
+    return even, torch.tensor(signs_of_bytes()).to(device)
+
+
+def _shifts(like: torch.Tensor, step: int, end: int) -> torch.Tensor:
+    """0, step, ... below `end`, of the dtype and the device of `like`."""
+    return torch.arange(0, end, step, dtype=like.dtype, device=like.device)
+
+
+def _joined(fields: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [..., some] as int32 [...]: the first in the lowest bits, each other `bits` above that before."""
+    shifts = _shifts(fields, bits, bits * fields.shape[-1])
+    return (fields << shifts).sum(dim=-1, dtype=torch.int32)
+
+
+def _pairs(scales: torch.Tensor) -> torch.Tensor:
     """4-bit scales, two a byte, the first one low."""
-    pairs: Bytes = scales[:, ::2] | scales[:, 1::2] << np.uint8(4)
-    return pairs
+    return _joined(scales.view(len(scales), scales.shape[1] // 2, 2), 4).to(torch.uint8)
 
 
-def _unpaired(packed: Bytes) -> Bytes:
-    scales = np.empty((len(packed), 2 * packed.shape[1]), np.uint8)
-    scales[:, ::2], scales[:, 1::2] = packed & 15, packed >> 4
-    return scales
+def _unpaired(packed: torch.Tensor) -> torch.Tensor:
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)
 
 
-def _words(scales: Bytes, signs: Bytes) -> NDArray[np.uint32]:
-    """uint32 [blocks, 8] of 32 weights each: four times 7 of an octet's signs, and the scale on top."""
-    parts = (signs & np.uint8(127)).astype(np.uint32).reshape(len(signs), 8, 4) << _SEVENS
-    words: NDArray[np.uint32] = np.bitwise_or.reduce(parts, axis=-1) | scales.astype(np.uint32) << 28
-    return words
+def _words(parts: Parts) -> torch.Tensor:
+    """Bytes [blocks, 8, 4], words of 32 weights each: four times 7 of an octet's signs, the scale on top."""
+    words = _joined((parts.signs & 127).view(-1, 8, 4), 7) | (parts.scales << 28)
+    return words[:, :, None].view(torch.uint8)
 
 
-def _from_words(words: NDArray[np.uint32]) -> tuple[Bytes, Bytes]:
-    signs = even_signs().take(words[:, :, None] >> _SEVENS & 127)
-    return (words >> 28).astype(np.uint8), signs.reshape(len(words), OCTETS)
+def _from_words(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales [blocks, 8] and signs [blocks, OCTETS] of bytes [blocks, 8, 4]."""
+    words = packed.clone(memory_format=torch.contiguous_format).view(torch.int32)
+    sevens = (words >> _shifts(words, 7, 28)) & 127
+    signs = _signs(packed)[0].index_select(0, sevens.flatten())
+    return ((words >> 28) & 15)[:, :, 0], signs.view(-1, OCTETS)
 
 
-_SEVENS = np.arange(0, 28, 7, dtype=np.uint32)
-
-
-def _pack_iq2_xxs(fields: Fields) -> Bytes:
+def _pack_iq2_xxs(parts: Parts) -> torch.Tensor:
     """For 32 weights: four points of 8 bits, a word of signs and the scale."""
-    points = fields.points.astype(np.uint8).view("<u4")
-    words = np.stack((points, _words(fields.scales, fields.signs)), axis=-1)
-    return words.astype("<u4").reshape(len(words), 16).view(np.uint8)
+    points = parts.points.to(torch.uint8).view(-1, 8, 4)
+    return torch.cat((points, _words(parts)), dim=-1).flatten(1)
 
 
-def _unpack_iq2_xxs(rest: Bytes) -> tuple[Bytes, Indices, Bytes]:
-    words = rest.view("<u4")
-    scales, signs = _from_words(words[:, 1::2])
-    points = np.ascontiguousarray(words[:, ::2]).view(np.uint8).astype(np.uint16)
-    return scales, points, signs
+def _unpack_iq2_xxs(rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    points, words = rest.reshape(-1, 8, 8).chunk(2, dim=-1)
+    scales, signs = _from_words(words)
+    return scales, points.flatten(1).int(), signs
 
 
-def _pack_iq2_xs(fields: Fields) -> Bytes:
+def _pack_iq2_xs(parts: Parts) -> torch.Tensor:
     """For 8 weights: 9 bits of the point, 7 of signs; then the scales."""
-    codes = fields.points | (fields.signs & 127).astype(np.uint16) << 9
-    return np.concatenate((codes.astype("<u2").view(np.uint8), _pairs(fields.scales)), axis=1)
+    codes = parts.points | ((parts.signs & 127) << 9)
+    pairs = torch.stack((codes & 255, codes >> 8), dim=-1).flatten(1)
+    return torch.cat((pairs.to(torch.uint8), _pairs(parts.scales)), dim=1)
 
 
-def _unpack_iq2_xs(rest: Bytes) -> tuple[Bytes, Indices, Bytes]:
-    codes = np.ascontiguousarray(rest[:, :64]).view("<u2")
-    return _unpaired(rest[:, 64:]), codes & np.uint16(511), even_signs().take(codes >> 9)
+def _unpack_iq2_xs(rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes = _joined(rest[:, :64].reshape(-1, 32, 2).int(), 8)
+    signs = _signs(rest)[0].index_select(0, (codes >> 9).flatten())
+    return _unpaired(rest[:, 64:]), codes & 511, signs
 
 
-def _pack_iq2_s(fields: Fields) -> Bytes:
+def _pack_iq2_s(parts: Parts) -> torch.Tensor:
     """The points' low 8 bits, signs, the points' high 2 bits, scales."""
-    high = (fields.points >> 8).astype(np.uint8).reshape(-1, 8, 4) << _TWOS
-    parts = (
-        fields.points.astype(np.uint8),
-        fields.signs,
-        np.bitwise_or.reduce(high, axis=-1),
-        _pairs(fields.scales),
-    )
-    return np.concatenate(parts, axis=1)
+    high = _joined((parts.points >> 8).view(-1, 8, 4), 2)
+    packed = torch.cat((parts.points & 255, parts.signs, high), dim=1).to(torch.uint8)
+    return torch.cat((packed, _pairs(parts.scales)), dim=1)
 
 
-def _unpack_iq2_s(rest: Bytes) -> tuple[Bytes, Indices, Bytes]:
-    high = (rest[:, 64:72, None] >> _TWOS & 3).reshape(len(rest), 32)
-    return _unpaired(rest[:, 72:]), rest[:, :32] | high.astype(np.uint16) << np.uint16(8), rest[:, 32:64]
+def _unpack_iq2_s(rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    high = (rest[:, 64:72, None] >> _shifts(rest, 2, 8)) & 3
+    return _unpaired(rest[:, 72:]), rest[:, :32] | (high.flatten(1).int() << 8), rest[:, 32:64].int()
 
 
-_TWOS = np.arange(0, 8, 2, dtype=np.uint8)
-
-
-def _pack_iq3_xxs(fields: Fields) -> Bytes:
+def _pack_iq3_xxs(parts: Parts) -> torch.Tensor:
     """Points of 8 bits; then for 32 weights a word of signs and the scale."""
-    words = _words(fields.scales, fields.signs).astype("<u4").view(np.uint8)
-    return np.concatenate((fields.points.astype(np.uint8), words), axis=1)
+    return torch.cat((parts.points.to(torch.uint8), _words(parts).flatten(1)), dim=1)
 
 
-def _unpack_iq3_xxs(rest: Bytes) -> tuple[Bytes, Indices, Bytes]:
-    scales, signs = _from_words(np.ascontiguousarray(rest[:, 64:]).view("<u4"))
-    return scales, rest[:, :64].astype(np.uint16), signs
+def _unpack_iq3_xxs(rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    scales, signs = _from_words(rest[:, 64:].reshape(-1, 8, 4))
+    return scales, rest[:, :64].int(), signs
 
 
-def _pack_iq3_s(fields: Fields) -> Bytes:
+def _pack_iq3_s(parts: Parts) -> torch.Tensor:
     """The points' low 8 bits, their ninth bits, signs, scales."""
-    ninth = np.packbits(fields.points > 255, axis=1, bitorder="little")
-    parts = fields.points.astype(np.uint8), ninth, fields.signs, _pairs(fields.scales)
-    return np.concatenate(parts, axis=1)
+    ninth = _joined((parts.points >> 8).view(-1, 8, 8), 1)
+    packed = torch.cat((parts.points & 255, ninth, parts.signs), dim=1).to(torch.uint8)
+    return torch.cat((packed, _pairs(parts.scales)), dim=1)
 
 
-def _unpack_iq3_s(rest: Bytes) -> tuple[Bytes, Indices, Bytes]:
-    ninth = np.unpackbits(rest[:, 64:72], axis=1, bitorder="little")
-    return _unpaired(rest[:, 104:]), rest[:, :64] | ninth.astype(np.uint16) << np.uint16(8), rest[:, 72:104]
+def _unpack_iq3_s(rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ninth = (rest[:, 64:72, None] >> _shifts(rest, 1, 8)) & 1
+    return _unpaired(rest[:, 104:]), rest[:, :64] | (ninth.flatten(1).int() << 8), rest[:, 72:104].int()
 
 
 _LAYOUTS = {

@@ -2,6 +2,7 @@
 
 Q4_0, Q5_0: w = d (q - middle); Q4_1, Q5_1: w = d q + m; Q8_0: w = d q with q int8. Source: ggml-common.h.
 Without importance (and Q8_0 always) the bytes are llama.cpp's; with importance, those of `legacy_search`.
+Weights on a GPU have the same searches in torch (`device.legacy`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qexport.grids.ggml import blocks as layout
 from qexport.grids.ggml.blocks import (
     as_rows,
     cut,
@@ -27,6 +29,10 @@ from qexport.grids.ggml.blocks import (
     nibbles,
     reciprocal,
 )
+from qexport.grids.ggml.device import legacy as device
+from qexport.grids.ggml.device.blocks import by_rows
+from qexport.grids.ggml.device.blocks import importance_of_blocks as importance_in_torch
+from qexport.grids.ggml.device.halves import half
 from qexport.grids.ggml.types import Affine, Decoder, Encoder
 
 _WIDTH = 32
@@ -68,6 +74,8 @@ class Legacy:
 
     def encode(self, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
         """See `Encoder`. Scales beyond fp16 become its largest number."""
+        if layout.in_torch(weight):
+            return by_rows(weight, _WIDTH, self.size, lambda some: self._encode_in_torch(some, importance))
         values = in_blocks(weight, _WIDTH)
         blocks = np.empty((len(values), self.size), np.uint8)
         plain = kernels("legacy_kernels")
@@ -90,6 +98,23 @@ class Legacy:
         else:
             search.symmetric_steps(values, groups, _codes_to_try(self._middle), self._middle, steps)
         write(values, steps, lows, np.float32(self._middle), np.float32(self._ends[1]), self.has_low, blocks)
+
+    def _encode_in_torch(self, values: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+        """Blocks uint8 [rows, bytes] of fp32 [rows, groups, 32]."""
+        top, middle = self._ends[1], self._middle
+        if self.bits == 8:
+            found = device.eight_bits(values)
+        elif importance is None:
+            found = device.affine(values, top) if self.has_low else device.symmetric(values, middle)
+        else:
+            inputs = values.shape[1] * _WIDTH
+            weights = importance_in_torch(importance, inputs, _WIDTH, values.device)
+            if self.has_low:
+                found = device.affine_search(values, weights, _pairs_to_try(top).tolist(), top)
+            else:
+                found = device.symmetric_search(values, weights, _codes_to_try(middle).tolist(), middle)
+        step, low = (half(numbers).half().squeeze(-1) for numbers in (found.steps, found.lows))
+        return self.pack(found.codes.flatten(1), LegacyScales(step, low if self.has_low else None))
 
     def decode(self, blocks: torch.Tensor) -> torch.Tensor:
         """See `Decoder`."""
@@ -149,13 +174,13 @@ class Legacy:
 
 def _spread_bits(parts: torch.Tensor) -> torch.Tensor:
     """Bytes uint8 [..., 4] -> their bits uint8 [..., 32], the lowest first."""
-    bits = parts[..., None] >> torch.arange(8, dtype=torch.uint8)
+    bits = parts[..., None] >> torch.arange(8, dtype=torch.uint8, device=parts.device)
     return (bits & 1).flatten(-2)
 
 
 def _join_bits(bits: torch.Tensor) -> torch.Tensor:
     """Bits uint8 [..., 32] -> bytes uint8 [..., 4], as `_spread_bits` reads them."""
-    shifted = bits.reshape(*bits.shape[:-1], 4, 8) << torch.arange(8, dtype=torch.uint8)
+    shifted = bits.reshape(*bits.shape[:-1], 4, 8) << torch.arange(8, dtype=torch.uint8, device=bits.device)
     return shifted.sum(dim=-1, dtype=torch.uint8)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
 
+from qexport.grids.ggml import blocks as layout
 from qexport.grids.ggml.blocks import as_rows, cut, from_nibbles, in_blocks, kernels, nibbles
+from qexport.grids.ggml.device.blocks import by_rows
+from qexport.grids.ggml.device.mxfp4 import exponents
 from qexport.grids.ggml.types import Affine, Decoder, Encoder
 
 LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -30,16 +32,25 @@ class Mxfp4:
 
     def encode(self, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
         """See `Encoder`."""
+        if layout.in_torch(weight):
+            return by_rows(weight, _WIDTH, _SIZE, self._encode_in_torch)
         values = in_blocks(weight, _WIDTH)
         blocks = np.empty((len(values), _SIZE), np.uint8)
-        kernels("mxfp4_kernels").blocks_of_32(values, _powers().numpy(), blocks)
+        kernels("mxfp4_kernels").blocks_of_32(values, _powers(torch.arange(256)).numpy(), blocks)
         return as_rows(blocks, len(weight))
+
+    def _encode_in_torch(self, values: torch.Tensor) -> torch.Tensor:
+        """Blocks uint8 [rows, bytes] of fp32 [rows, groups, 32]."""
+        scales = exponents(values)
+        step, origin = self.lines(scales[..., None])
+        return self.pack(self.round(values, step, origin)[0].flatten(1), scales)
 
     def decode(self, blocks: torch.Tensor) -> torch.Tensor:
         """See `Decoder`."""
         parts = cut(blocks, _SIZE)
-        values = torch.tensor(LEVELS, dtype=torch.float32)[nibbles(parts[..., 1:]).int()]
-        return (values * _powers()[parts[..., :1].int()]).reshape(len(blocks), -1)
+        levels = torch.tensor(LEVELS, dtype=torch.float32).to(blocks.device)
+        values = levels[nibbles(parts[..., 1:]).int()]
+        return (values * _powers(parts[..., :1])).reshape(len(blocks), -1)
 
     def fit(self, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
         """The exponents that `encode` stores."""
@@ -48,18 +59,23 @@ class Mxfp4:
     def lines(self, scales: object) -> tuple[torch.Tensor, torch.Tensor]:
         """Steps, powers of two; the origin is 0."""
         assert isinstance(scales, torch.Tensor)  # noqa: S101
-        step = _powers()[scales.int()]
+        step = _powers(scales)
         return step, torch.zeros_like(step)
 
     def round(
         self, values: torch.Tensor, step: torch.Tensor, origin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The places of the nearest levels, uint8, and what they stand for; origin 0. Halves go towards 0."""
-        levels = torch.tensor(LEVELS[:8], dtype=torch.float32)
-        places = torch.bucketize((values / step).abs_(), (levels[1:] + levels[:-1]) / 2, out_int32=True)
-        rounded = torch.copysign(levels[places], values)
-        codes = torch.where((values < 0) & (places > 0), places + 8, places).to(torch.uint8)
-        return codes, rounded * step + origin
+        size = (values / step).abs_()
+        # levels lie 1 apart up to 4, and then 2, 2 and 4; without a table, for that would lie on some device
+        places = size.clamp(max=4).sub_(0.5).ceil_()
+        levels = places.clone()
+        for border, apart in ((5, 2), (7, 2), (10, 4)):
+            beyond = size > border
+            places += beyond
+            levels.add_(beyond, alpha=apart)
+        codes = places.add_((values < 0) & (places > 0), alpha=8).to(torch.uint8)
+        return codes, torch.copysign(levels, values).mul_(step).add_(origin)
 
     def pack(self, codes: torch.Tensor, scales: object) -> torch.Tensor:
         """Codes as `round` has them, with their exponents, as blocks."""
@@ -69,10 +85,11 @@ class Mxfp4:
         return torch.cat((scales[..., None], pairs), dim=-1).reshape(rows, -1)
 
 
-@cache
-def _powers() -> torch.Tensor:
-    """2^(e - 128) for every exponent e, fp32 [256]; the first is subnormal."""
-    return torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(256) - 128).float()
+def _powers(exponents: torch.Tensor) -> torch.Tensor:
+    """2^(e - 128), fp32, of exponents e from 0 to 255; the first two are subnormal numbers."""
+    exponents = exponents.int()
+    bits = torch.where(exponents < 2, (exponents + 1) << 21, (exponents - 1) << 23)
+    return bits.view(torch.float32)
 
 
 _TYPE = Mxfp4()

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from qexport.grids.ggml import blocks as layout
 from qexport.grids.ggml.blocks import as_rows, cut, half_bytes, halves, in_blocks, kernels, reciprocal
+from qexport.grids.ggml.device.blocks import by_rows
+from qexport.grids.ggml.device.halves import half
+from qexport.grids.ggml.device.ternary import codes_and_steps
 from qexport.grids.ggml.types import Affine, Decoder, Encoder
 
 _WIDTH = 256
@@ -37,11 +41,18 @@ class Ternary:
 
     def encode(self, weight: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
         """See `Encoder`. A d beyond fp16 becomes its largest number."""
+        if layout.in_torch(weight):
+            return by_rows(weight, _WIDTH, self.size, self._encode_in_torch)
         values = in_blocks(weight, _WIDTH)
         blocks = np.empty((len(values), self.size), np.uint8)
         found = kernels("ternary_kernels")
         (found.base_three if self.base_three else found.two_bits)(values, blocks)
         return as_rows(blocks, len(weight))
+
+    def _encode_in_torch(self, values: torch.Tensor) -> torch.Tensor:
+        """Blocks uint8 [rows, bytes] of fp32 [rows, groups, 256]."""
+        codes, steps = codes_and_steps(values)
+        return self.pack(codes.flatten(1), half(steps).half())
 
     def decode(self, blocks: torch.Tensor) -> torch.Tensor:
         """See `Decoder`."""
@@ -80,22 +91,27 @@ class Ternary:
         """Codes uint8 [rows, blocks, 256]."""
         if self.base_three:
             return _split_base_three(parts)
-        shifts = torch.tensor((0, 2, 4, 6), dtype=torch.uint8)[:, None]
+        shifts = _shifts(parts.device)
         return ((parts.reshape(*parts.shape[:-1], 2, 1, 32) >> shifts) & 3).flatten(-3)
 
 
+def _shifts(device: torch.device) -> torch.Tensor:
+    """0, 2, 4 and 6, uint8 [4, 1]."""
+    return torch.arange(0, 8, 2, dtype=torch.uint8, device=device)[:, None]
+
+
 def _join_two_bits(codes: torch.Tensor) -> torch.Tensor:
-    shifts = torch.tensor((0, 2, 4, 6), dtype=torch.uint8)[:, None]
-    shifted = codes.reshape(*codes.shape[:-1], 2, 4, 32) << shifts
+    shifted = codes.reshape(*codes.shape[:-1], 2, 4, 32) << _shifts(codes.device)
     return shifted.sum(dim=-2, dtype=torch.uint8).flatten(-2)
 
 
 def _join_base_three(codes: torch.Tensor) -> torch.Tensor:
     parts, begin = [], 0
     for apart, count in _PARTS:
-        powers = torch.tensor(_POWERS[:count], dtype=torch.int16)[:, None]
-        some = codes[..., begin : begin + apart * count].reshape(*codes.shape[:-1], count, apart)
-        parts.append((some * powers).sum(dim=-2, dtype=torch.int32))
+        joined = torch.zeros_like(codes[..., :apart], dtype=torch.int32)
+        for place, power in enumerate(_POWERS[:count]):
+            joined.add_(codes[..., begin + place * apart : begin + (place + 1) * apart], alpha=power)
+        parts.append(joined)
         begin += apart * count
     # a number below 243 as a fraction of 256, rounded up: multiplied by 3, the next code is what overflows
     return ((torch.cat(parts, dim=-1) * 256 + 242) // 243).to(torch.uint8)
@@ -104,9 +120,10 @@ def _join_base_three(codes: torch.Tensor) -> torch.Tensor:
 def _split_base_three(parts: torch.Tensor) -> torch.Tensor:
     found, begin = [], 0
     for apart, count in _PARTS:
-        powers = torch.tensor(_POWERS[::-1][:count], dtype=torch.uint8)[:, None]
-        shifted = parts[..., None, begin : begin + apart] * powers  # of the product, the low byte
-        found.append(((shifted.short() * 3) >> 8).to(torch.uint8).flatten(-2))
+        some = parts[..., begin : begin + apart]
+        for power in _POWERS[::-1][:count]:
+            shifted = some * power  # of the product, the low byte
+            found.append(((shifted.short() * 3) >> 8).to(torch.uint8))
         begin += apart
     return torch.cat(found, dim=-1)
 

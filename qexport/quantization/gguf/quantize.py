@@ -14,6 +14,7 @@ from qexport.checkpoint.finiteness import require_finite
 from qexport.checkpoint.gguf_files import gguf_files
 from qexport.checkpoint.manifest import Recipe
 from qexport.checkpoint.safetensors_file import byte_view
+from qexport.devices import device_of
 from qexport.errors import SpecError
 from qexport.events import Finished, Noted, OnEvent, Started
 from qexport.formats.gguf.container import Metadata, PlannedTensor, text, u32
@@ -79,6 +80,7 @@ def prepare_gguf(
         trust_remote_code=trust_remote_code,
         on_event=on_event,
     )
+    device_of(spec.device or "cpu")
     parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
     described = general(source.path, config, parameters=parameters, name=source.name, base_model=source.base)
     told = {**described, **_carried(source), **metadata, **words.metadata}
@@ -225,13 +227,17 @@ def _write_tensors(
             output.write_bytes((number, name), 0, byte_view(variant.types[name].encode(value[None])))
     if data is None:
         types = {number: variant.types for number, variant in enumerate(plan.variants)}
-        stream = TensorStream(plan.checkpoint, output, types, matrix, on_event)
+        stream = TensorStream(plan.checkpoint, output, types, matrix, on_event, _device(plan))
         names = ", ".join(variant.mix.name for variant in plan.variants)
         on_event(Started(f"gguf {names}", stream_bytes(plan.tensors), "bytes"))
         stream.run(plan.tensors)
         on_event(Finished())
         return [stream.errors(number) for number in range(len(plan.variants))]
     return [_write_calibrated(plan, output, number, data, on_event) for number in range(len(plan.variants))]
+
+
+def _device(plan: GgufPlan) -> torch.device:
+    return device_of(plan.spec.device or "cpu")
 
 
 def _write_calibrated(
@@ -259,7 +265,7 @@ def _write_calibrated(
     on_event(Finished())
     done = view.weights | blocks.rewritten
     rest = [tensor for tensor in plan.tensors if not any(part.name in done for part in tensor.parts)]
-    stream = TensorStream(plan.checkpoint, output, {number: variant.types}, None, on_event)
+    stream = TensorStream(plan.checkpoint, output, {number: variant.types}, None, on_event, _device(plan))
     on_event(Started("the rest", stream_bytes(rest), "bytes"))
     stream.run(rest)
     on_event(Finished())

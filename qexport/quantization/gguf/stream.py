@@ -26,6 +26,8 @@ from qexport.quantization.gguf.plan import is_coded
 from qexport.results import TensorError
 
 _MAX_WORKERS = 16
+_DEVICE_WORKERS = 2  # one reads and writes while the other's blocks are encoded
+_CPU = torch.device("cpu")
 _LARGEST_SCALE = 65504  # in fp16
 
 
@@ -57,19 +59,24 @@ class _Encoded:
 
 @dataclass
 class TensorStream:
-    """Encodes tensors into the files of an output; `files` tells the type of each tensor in each file."""
+    """Encodes tensors into the files of an output; `files` tells the type of each tensor in each file.
+
+    Blocks are encoded on `device`.
+    """
 
     checkpoint: Checkpoint
     output: GgufOutput
     files: Mapping[int, Mapping[str, BlockType]]
     importance: ImportanceMatrix | None
     on_event: OnEvent
+    device: torch.device = _CPU
     _losses: dict[tuple[int, str], _Loss] = field(default_factory=dict)
 
     def run(self, tensors: Sequence[GgufTensor]) -> None:
         """Reads, encodes and writes `tensors`. Raises NonFiniteError that names what is not finite."""
         reader = SlabReader(self.checkpoint)
-        workers = max(1, min(_MAX_WORKERS, os.cpu_count() or 1))
+        most = _MAX_WORKERS if self.device == _CPU else _DEVICE_WORKERS
+        workers = max(1, min(most, os.cpu_count() or 1))
         largest = max((tensor.shape[-1] * 4 for tensor in tensors), default=0)
         room = 2 * workers * max(VALUES * 4, largest)
 
@@ -103,8 +110,10 @@ class TensorStream:
         tensor = item.slab.tensor
         if not is_finite(rows):
             raise non_finite_error(str(self.checkpoint.path), [item.slab.part.name])
+        rows = rows.to(self.device)
+        importance = None if item.importance is None else item.importance.to(self.device)
         kinds = {types[tensor.name] for types in self.files.values() if tensor.name in types}
-        return {kind: _in_type(kind, tensor.name, rows, item.importance) for kind in kinds}
+        return {kind: _in_type(kind, tensor.name, rows, importance) for kind in kinds}
 
     def _weights(self, tensor: GgufTensor) -> torch.Tensor | None:
         """What each input of the tensor's rows weighs, [in] or [experts, in]; None for all alike."""
@@ -139,7 +148,7 @@ def _in_type(kind: BlockType, name: str, rows: torch.Tensor, h: torch.Tensor | N
     except SpecError as error:
         raise SpecError(f"{name}: {error.found}", expected=error.expected, remedy=error.remedy) from error
     if not is_coded(kind):
-        return _Encoded(blocks, None)
+        return _Encoded(blocks.cpu(), None)
     loss = _loss(rows, kind.decode(blocks), h)
     if not loss.square < _LARGEST_SCALE**2 and _cut_off(rows, kind.decode(blocks)):
         raise SpecError(
@@ -147,7 +156,7 @@ def _in_type(kind: BlockType, name: str, rows: torch.Tensor, h: torch.Tensor | N
             expected="weights that scales of 16 bits can reach",
             remedy=f"another type for it, such as --override '{name}=bf16'",
         )
-    return _Encoded(blocks, loss)
+    return _Encoded(blocks.cpu(), loss)
 
 
 def _cut_off(rows: torch.Tensor, decoded: torch.Tensor) -> bool:
