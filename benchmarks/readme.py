@@ -27,7 +27,8 @@ from benchmarks.gguf import TABLES as GGUF_TABLES
 from benchmarks.merge import Agreement, Results, remarks, table
 from benchmarks.merge import Row as MergeRow
 from qexport.cli.main import COMMANDS
-from qexport.report.rows import Row, table_markdown
+from qexport.report.files import read_report
+from qexport.report.tables import table_markdown
 from qexport.verification.runtimes.support import support_table
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -54,8 +55,7 @@ def help_blocks() -> str:
 
 def demo_table(directory: Path) -> str:
     """The rows of the demo's report.json."""
-    report = json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    return table_markdown([Row(**row) for row in report["rows"]])
+    return table_markdown(read_report(directory).rows)
 
 
 def merge_part(file: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -126,20 +126,70 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
-class Bleu:
-    """Corpus BLEU of greedy answers, with sacrebleu's signature; the answers stand beside it."""
+class Divergence:
+    """KL(full precision || candidate) a token, nats: mean, standard error, 99th percentile over tokens.
+
+    `same_top` is the share of tokens with the same most likely one. `unit_sums` and `unit_tokens` are the sums
+    of each independent unit, as in `Perplexity`.
+    """
+
+    mean: float
+    standard_error: float
+    percentile_99: float
+    same_top: float
+    same_top_error: float
+    tokens: int
+    unit_sums: tuple[float, ...]
+    unit_tokens: tuple[int, ...]
+    recipe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with its 95 % bootstrap interval."""
 
     value: float
-    signature: str
-    answers: tuple[str, ...]
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TextScores:
+    """How near answers come to texts, each 0 to 100; with sacrebleu's signatures by name of the score."""
+
+    bleu: Interval
+    chrf: Interval
+    rouge_l: Interval
+    exact_match: Interval
+    signatures: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A model's greedy answers: `tokens` in `seconds`; against the references and the full model's answers."""
+
+    texts: tuple[str, ...]
+    tokens: int
+    seconds: float
+    references: TextScores | None
+    full: TextScores | None
     recipe: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A score of lm-evaluation-harness, with its standard error (NaN where it tells none)."""
+
+    value: float
+    standard_error: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """One model's scores, and how many of its tensors were decoded and found whole.
 
-    A score that was not asked for is None.
+    A score that was not asked for, or that full precision has none of, is None. `speeds` are generated tokens
+    a second by runtime, `tasks` scores by 'task/metric'.
     """
 
     model: str
@@ -147,7 +197,10 @@ class Evaluation:
     bits_per_weight: float
     tensors_checked: int
     perplexity: Perplexity
-    bleu: Bleu | None
+    divergence: Divergence | None
+    answers: Answers | None
+    speeds: Mapping[str, float] = field(default_factory=dict)
+    tasks: Mapping[str, TaskScore] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,16 @@ from sacrebleu import corpus_bleu
 from transformers import AutoTokenizer
 
 import qexport
-from qexport.calibrate.texts import read_pairs
 from qexport.graph.recipe import parse_recipe
 from qexport.graph.run import ExportResult
-from qexport.graph.tasks import VerifyTask
+from qexport.graph.scoring import VerifyTask
 from qexport.packaged import demo_recipe, embedded_adapter, embedded_base, heldout_pairs
-from qexport.report.rows import Row
+from qexport.report.content import Row
+from qexport.report.files import REPORT_FILES
 from qexport.results import Evaluation
 from qexport.specs import VerifySpec
 from qexport.verification.perplexity import relative_difference
+from qexport.verification.prompts import read_prompts
 from tests.tiny import in_transformers
 
 
@@ -49,7 +50,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
 
 
 def row(demo: ExportResult, variant: str) -> Row:
-    return next(row for row in demo.rows if row.variant == variant)
+    assert demo.report is not None
+    return next(row for row in demo.report.rows if row.variant == variant)
 
 
 def scores(demo: ExportResult, variant: str) -> Evaluation:
@@ -58,12 +60,13 @@ def scores(demo: ExportResult, variant: str) -> Evaluation:
 
 @pytest.mark.slow
 def test_the_merge_shows(demo: ExportResult) -> None:
-    alone = qexport.evaluate(embedded_base(), VerifySpec()).bleu
-    merged = row(demo, "full").bleu
+    alone = qexport.evaluate(embedded_base(), VerifySpec()).answers
+    merged = row(demo, "full").text
     assert alone is not None
+    assert alone.references is not None
     assert merged is not None
-    assert alone.value < 10
-    assert merged > 60
+    assert alone.references.bleu.value < 10
+    assert merged.bleu.value > 60
 
 
 @pytest.mark.slow
@@ -71,8 +74,8 @@ def test_the_answers_are_those_of_transformers_with_the_adapter_on(demo: ExportR
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_base())
     base = in_transformers(embedded_base(), dtype=torch.float32)
     model: Any = PeftModel.from_pretrained(base, str(embedded_adapter()))
-    pairs = read_pairs(heldout_pairs())[:40]
-    chats = [[{"role": "user", "content": prompt}] for prompt, _ in pairs]
+    prompts = read_prompts(heldout_pairs())[:40]
+    chats = [list(prompt.messages) for prompt in prompts]
     inputs = tokenizer.apply_chat_template(
         chats,
         add_generation_prompt=True,
@@ -84,11 +87,11 @@ def test_the_answers_are_those_of_transformers_with_the_adapter_on(demo: ExportR
     out = model.generate(**inputs, do_sample=False, max_new_tokens=96)
     texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     theirs = [text.strip() for text in texts]
-    assert corpus_bleu(theirs, [[reference for _, reference in pairs]]).score > 55
-    ours = scores(demo, "full").bleu
+    assert corpus_bleu(theirs, [[prompt.reference or "" for prompt in prompts]]).score > 55
+    ours = scores(demo, "full").answers
     assert ours is not None
     # the merged weights are rounded to fp16, the adapter's are not: a close call may go the other way
-    same = sum(a == b for a, b in zip(ours.answers, theirs, strict=False))
+    same = sum(a == b for a, b in zip(ours.texts, theirs, strict=False))
     assert same >= 37
 
 
@@ -96,7 +99,7 @@ def test_the_answers_are_those_of_transformers_with_the_adapter_on(demo: ExportR
 def test_eight_bits_lose_next_to_nothing(demo: ExportResult) -> None:
     loss = row(demo, "bnb-8bit").loss
     assert loss is not None
-    assert abs(loss) < 0.005
+    assert abs(loss.value) < 0.005
 
 
 @pytest.mark.slow
@@ -112,5 +115,5 @@ def test_the_demos_files(demo: ExportResult) -> None:
     files = {path.name for path in demo.output.iterdir()}
     variants = {"bnb-8bit", "bnb-4bit"} | {f"{m}-{b}bit" for m in ("gptq", "rtn") for b in (4, 3, 2)}
     variants |= {"gguf-q8_0", "gguf-q4_k_m", "gguf-q2_k"}
-    assert files == {"merged", "sharded", "scores", "report.json", "report.md"} | variants
+    assert files == {"merged", "sharded", "scores", *REPORT_FILES} | variants
     assert (Path(demo.output) / "sharded" / "model.safetensors.index.json").is_file()

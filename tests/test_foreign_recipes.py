@@ -118,10 +118,10 @@ def test_a_merge_lies_in_export_dir(example: str, places: dict[str, Any]) -> Non
     result = qexport.export(recipe)
     out: Path = places["out"]
     assert result.ran == ("merge",)
-    assert result.rows == ()
+    assert result.report is None
     assert [(made.name, made.path) for made in result.models] == [("merge", out)]
     assert result.models[0].size_bytes == sum(
-        file.stat().st_size for file in out.iterdir() if file.name != "qexport.json"
+        file.stat().st_size for file in out.iterdir() if file.name not in ("qexport.json", "README.md")
     )
     assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
     assert not list(out.glob("report.*"))
@@ -568,7 +568,7 @@ def test_cli(places: dict[str, Any], tmp_path: Path, cli: RunCli) -> None:
     assert "1/1 merge\n" in stderr
     code, stdout, stderr = cli("export", recipe, "--json")
     result = json.loads(stdout)
-    assert (result["ran"], result["skipped"], result["rows"]) == ([], ["merge"], [])
+    assert (result["ran"], result["skipped"], result["report"]) == ([], ["merge"], None)
     assert [model["path"] for model in result["models"]] == [str(places["out"])]
     assert "1/1 merge: stands\n" in stderr
     recipe.write_text(LORA.format(**places) + "export_hub_model_id: me/mine\n")

@@ -17,7 +17,7 @@ from qexport.specs import VerifySpec, spec_of
 from qexport.verification.runtimes.check import read_logits
 from qexport.verification.runtimes.drivers.driver import Job
 from qexport.verification.runtimes.process import run_jobs
-from qexport.verification.verify import evaluate
+from qexport.verification.evaluate import evaluate
 from tests.conftest import shared
 
 pytest.importorskip("gguf")

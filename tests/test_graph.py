@@ -14,7 +14,9 @@ from qexport.checkpoint.manifest import MANIFEST_FILE
 from qexport.errors import AdapterError, OutputExistsError, RecipeError, SpecError
 from qexport.graph.build import build, plan
 from qexport.graph.recipe import AnyRecipe, parse_recipe
+from qexport.graph.run import ExportResult
 from qexport.graph.tasks import QuantizeTask
+from qexport.report.content import Row
 from tests.conftest import RunCli
 from tests.tiny import tiny_adapter
 
@@ -57,15 +59,20 @@ def parsed(content: dict[str, Any]) -> AnyRecipe:
     return parse_recipe(yaml.safe_dump(content), "recipe.yaml")
 
 
+def rows(result: ExportResult) -> tuple[Row, ...]:
+    assert result.report is not None
+    return result.report.rows
+
+
 def test_a_second_run_does_nothing(content: dict[str, Any], tmp_path: Path) -> None:
     recipe = parsed(content)
     first = qexport.export(recipe)
     assert list(first.ran) == STEPS
-    assert [row.variant for row in first.rows] == ["full", "bnb-8bit", "gptq-3bit-g32"]
+    assert [row.variant for row in rows(first)] == ["full", "bnb-8bit", "gptq-3bit-g32"]
     report = (tmp_path / "out" / "report.json").read_bytes()
     again = qexport.export(recipe)
     assert list(again.skipped) == STEPS[:-1]
-    assert again.rows == first.rows
+    assert rows(again) == rows(first)
     assert (tmp_path / "out" / "report.json").read_bytes() == report
 
 
@@ -122,7 +129,7 @@ def test_outputs_carry_their_recipe_and_figures(content: dict[str, Any], tmp_pat
         assert set(manifest) == {"qexport", "key", "recipe", "versions", "figures", "files"}
         assert manifest["figures"]["peak_bytes"] > 0
     assert manifest["recipe"]["options"]["group_size"] == 32
-    assert manifest["figures"]["perplexity"] == result.rows[-1].perplexity
+    assert manifest["figures"]["perplexity"] == rows(result)[-1].perplexity.value
     assert manifest["figures"]["perplexity_recipe"]["documents"] == 12
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [row["variant"] for row in report["rows"]] == ["full", "bnb-8bit", "gptq-3bit-g32"]
@@ -228,7 +235,7 @@ def test_cli(content: dict[str, Any], tmp_path: Path, cli: RunCli) -> None:
     code, stdout, stderr = cli("export", recipe)
     assert code == 1
     assert stdout.startswith("variant\tmethod\tbits")
-    assert "lost by bnb-8bit (" in stderr.splitlines()[-1]
+    assert "bnb-8bit loses" in stderr.splitlines()[-1]
     assert "gptq-3bit-g32: stands\n" in stderr  # the gate is no part of what determines a result
     code, _, stderr = cli("export", tmp_path / "none.yaml")
     assert (code, stderr) == (2, f"error: the recipe {tmp_path / 'none.yaml'} does not exist\n")

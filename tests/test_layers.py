@@ -16,6 +16,7 @@ FLOORS = (
     {"__main__"},
     {"cli"},
     {"graph"},
+    {"publishing"},
     {"report"},
     {"verification"},
     {"quantization", "conversion"},
@@ -27,7 +28,7 @@ FLOORS = (
     {"calibrate"},
     {"grids"},
     {"checkpoint"},
-    {"specs", "results", "packaged", "measure", "events"},
+    {"specs", "results", "packaged", "measure", "events", "devices"},
     {"errors", "sizes", "version"},
 )
 ARITHMETIC = {"grids", "solvers"}  # tensors in, tensors out: no files, no models
@@ -96,7 +97,19 @@ def test_help_imports_nothing_heavy() -> None:
     assert not modules_after("import qexport") & HEAVY
 
 
-COMMANDS = ("convert", "demo", "export", "imatrix", "merge", "quantize", "shard", "verify")
+COMMANDS = (
+    "compare",
+    "convert",
+    "demo",
+    "export",
+    "imatrix",
+    "merge",
+    "push",
+    "quantize",
+    "report",
+    "shard",
+    "verify",
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

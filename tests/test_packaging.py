@@ -33,6 +33,10 @@ def test_a_wheel_holds_what_the_package_needs(tmp_path: Path) -> None:
         "qexport/embedded/base/chat_template.jinja",
         "qexport/embedded/adapter/adapter_model.safetensors",
         "qexport/py.typed",
+        "qexport/report/templates/page.html.jinja",
+        "qexport/report/templates/page.css",
+        "qexport/report/templates/page.js",
+        "qexport/report/templates/card.md.jinja",
     }
     assert needed <= names
     assert not [name for name in names if "/make/" in name]

@@ -40,11 +40,11 @@ from qexport.verification.runtimes.check import (
     token_ids,
     tolerance_of,
 )
-from qexport.verification.runtimes.drivers.driver import RUNTIMES, Job
+from qexport.verification.runtimes.drivers.driver import RUNTIMES, Job, Outcome
 from qexport.verification.runtimes.process import run_jobs
 from tests.conftest import RunCli
-from tests.runtimes import run_in_runtime
-from tests.tiny import edit_json, edit_weights, tiny_model
+from tests.runtimes import python_of, run_in_runtime
+from tests.tiny import edit_json, edit_weights
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 BLOCK_LINEARS = 7
@@ -86,18 +86,127 @@ WRITTEN: dict[str, tuple[Written, ...]] = {
 }
 
 
+def damaged(source: Path, out: Path, **changes: torch.Tensor | None) -> Path:
+    shutil.copytree(source, out)
+    edit_weights(out, **changes)
+    return out
+
+
+class Flawed:
+    """Models that a runtime opens though they are broken, and what is to be told of them.
+
+    hqq's loader passes over what it has no place for, transformers over most, mlx-lm tells of one kind only.
+    """
+
+    def __init__(self, llama: Path, home: Path) -> None:
+        self._llama, self._home = llama, home
+        self._weight = qexport.open_checkpoint(llama).read(f"{Q_PROJ}.weight")
+
+    def transformers(self) -> list[Path]:
+        """One tensor taken out, put in, renamed, cut; of a plain model and of a quantized one."""
+        nf4 = self._home / "nf4-part"
+        qexport.quantize(self._llama, nf4, RtnSpec(format="bitsandbytes", skip=("*.1.mlp.*",)))
+        weight = self._weight
+        plain: dict[str, dict[str, torch.Tensor | None]] = {
+            "gone": {f"{Q_PROJ}.weight": None},
+            "extra": {f"{Q_PROJ}.extra": weight},
+            "renamed": {f"{Q_PROJ}.weight": None, "model.layers.0.attention.wq.weight": weight},
+            "cut": {f"{Q_PROJ}.weight": weight[:64].clone()},
+        }
+        models = [damaged(self._llama, self._home / name, **changes) for name, changes in plain.items()]
+        models.append(damaged(nf4, self._home / "nf4-gone", **{f"{Q_PROJ}.weight.absmax": None}))
+        forgot = shutil.copytree(nf4, self._home / "nf4-forgot")
+        config = json.loads((forgot / "config.json").read_text())["quantization_config"]
+        edit_json(
+            forgot / "config.json", quantization_config={**config, "llm_int8_skip_modules": ["lm_head"]}
+        )
+        evil = shutil.copytree(self._llama, self._home / "evil")
+        edit_json(evil / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"}, model_type="evil")
+        (evil / "evil.py").write_text(f"open({str(self._home / 'ran')!r}, 'w')\n")
+        return [*models, forgot, evil]
+
+    def told_by_transformers(self, found: Mapping[str, Outcome]) -> None:
+        q_proj, renamed = f"{Q_PROJ}.weight", "model.layers.0.attention.wq.weight"
+        assert (found["gone"]["missing"], found["gone"]["unexpected"]) == ([q_proj], [])
+        assert (found["extra"]["missing"], found["extra"]["unexpected"]) == ([], [f"{Q_PROJ}.extra"])
+        assert (found["renamed"]["missing"], found["renamed"]["unexpected"]) == ([q_proj], [renamed])
+        assert found["cut"]["mismatched"] == [q_proj]
+        assert found["nf4-gone"]["error"] == f"ValueError: its parts do not make {q_proj}"
+        # transformers makes them 4-bit layers all the same, and fails when it computes
+        assert found["nf4-forgot"]["layers"] == {"Linear4bit": LINEARS}
+        assert stored_layers(qexport.open_checkpoint(self._home / "nf4-forgot")) == LINEARS - 3
+        assert "error" in found["evil"]
+        assert not (self._home / "ran").exists(), "code from a checkpoint is not run"
+
+    def gptqmodel(self) -> list[Path]:
+        """A head with codes and a layer without them: transformers replaces neither as the file has it."""
+        whole = self._home / "gptq4"
+        bare = {f"{Q_PROJ}.{part}": None for part in ("qweight", "qzeros", "scales", "g_idx")}
+        return [
+            damaged(whole, self._home / "gone", **{f"{Q_PROJ}.scales": None}),
+            damaged(whole, self._home / "plain", **bare, **{f"{Q_PROJ}.weight": self._weight}),
+        ]
+
+    def told_by_gptqmodel(self, found: Mapping[str, Outcome]) -> None:
+        assert (found["gone"]["missing"], found["gone"]["unexpected"]) == ([f"{Q_PROJ}.scales"], [])
+        parts = ("qweight", "qzeros", "scales", "g_idx")
+        assert found["plain"]["missing"] == sorted(f"{Q_PROJ}.{part}" for part in parts)
+        assert found["plain"]["unexpected"] == [f"{Q_PROJ}.weight"]
+
+    def hqq(self) -> list[Path]:
+        def changed(name: str, change: Callable[[dict[str, Any]], None]) -> Path:
+            out = shutil.copytree(self._home / "hqq4", self._home / name)
+            held = torch.load(out / "qmodel.pt", weights_only=True)
+            change(held)
+            torch.save(held, out / "qmodel.pt")
+            return out
+
+        return [
+            changed("gone", lambda held: held.pop(Q_PROJ)),
+            changed("extra", lambda held: held.update({"model.extra": {"weight": torch.ones(2)}})),
+            changed("head", lambda held: held.pop("lm_head")),
+            changed("cut", lambda held: held[Q_PROJ].update(shape=torch.Size([64, 128]))),
+            changed("eval", lambda held: held[Q_PROJ].update(encoded_state_dict=torch.tensor(1))),
+        ]
+
+    def told_by_hqq(self, found: Mapping[str, Outcome]) -> None:
+        assert found["gone"]["missing"] == [f"{Q_PROJ}.weight"]
+        assert found["extra"]["unexpected"] == ["model.extra.weight"]
+        assert found["head"]["missing"] == ["lm_head.weight"]
+        assert found["cut"]["mismatched"] == [f"{Q_PROJ}.W_q"]
+        assert "would eval()" in found["eval"]["error"]
+
+    def mlx(self) -> list[Path]:
+        extra, whole = torch.ones(2, dtype=torch.float16), self._home / "mlx4"
+        both = {"model.norm.weight": None, "model.extra": extra}
+        return [
+            damaged(whole, self._home / "both", **both),
+            damaged(whole, self._home / "bent", **{"model.norm.weight": extra}),
+        ]
+
+    def told_by_mlx(self, found: Mapping[str, Outcome]) -> None:
+        assert (found["both"]["missing"], found["both"]["unexpected"]) == (
+            ["model.norm.weight"],
+            ["model.extra"],
+        )
+        assert found["bent"]["mismatched"] == ["model.norm.weight"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", WRITTEN)
-def test_logits_are_those_of_the_decoded_weights(runtime: str, llama: Path, tmp_path: Path) -> None:
+def test_what_a_runtime_computes_and_what_it_lets_pass(runtime: str, llama: Path, tmp_path: Path) -> None:
+    """Its logits are those of the decoded weights, and what it lacks is told: see WRITTEN and Flawed."""
+    python_of(runtime)
     models = [llama] if runtime in ("transformers", "mlx") else []
     for name, options, _, _ in WRITTEN[runtime]:
         models.append(tmp_path / name)
         qexport.quantize(llama, models[-1], RtnSpec(**options))
-    expected = {name: (layers, bound) for name, _, layers, bound in WRITTEN[runtime]}
+    flawed = Flawed(llama, tmp_path)
+    broken: list[Path] = getattr(flawed, runtime)()
     ids = token_ids(build_skeleton(llama))
-    for model, (outcome, theirs) in zip(
-        models, run_in_runtime(runtime, models, ids, tmp_path / "logits"), strict=True
-    ):
+    runs = run_in_runtime(runtime, [*models, *broken], ids, tmp_path / "logits")
+    expected = {name: (layers, bound) for name, _, layers, bound in WRITTEN[runtime]}
+    for model, (outcome, theirs) in zip(models, runs[: len(models)], strict=True):
         layers, bound = expected.get(model.name, (0, 1e-5))
         assert "error" not in outcome, (model.name, outcome)
         assert [outcome["missing"], outcome["unexpected"], outcome["mismatched"]] == [[], [], []], model.name
@@ -107,133 +216,28 @@ def test_logits_are_those_of_the_decoded_weights(runtime: str, llama: Path, tmp_
         difference, _, same_top = compare(theirs, our_logits(build_skeleton(model), checkpoint, ids))
         assert difference < bound < tolerance_of(checkpoint), model.name
         assert same_top > 0.9, model.name
-
-
-@pytest.mark.slow
-def test_what_transformers_lets_pass_is_told(llama: Path, tmp_path: Path) -> None:
-    """One tensor taken out, put in, renamed, cut; of a plain model and of a quantized one."""
-    qexport.quantize(llama, tmp_path / "nf4", RtnSpec(format="bitsandbytes", skip=("*.1.mlp.*",)))
-    weight = qexport.open_checkpoint(llama).read(f"{Q_PROJ}.weight")
-    plain: dict[str, dict[str, torch.Tensor | None]] = {
-        "gone": {f"{Q_PROJ}.weight": None},
-        "extra": {f"{Q_PROJ}.extra": weight},
-        "renamed": {f"{Q_PROJ}.weight": None, "model.layers.0.attention.wq.weight": weight},
-        "cut": {f"{Q_PROJ}.weight": weight[:64].clone()},
-    }
-    models = [damaged(llama, tmp_path / name, **changes) for name, changes in plain.items()]
-    models.append(damaged(tmp_path / "nf4", tmp_path / "nf4-gone", **{f"{Q_PROJ}.weight.absmax": None}))
-    forgot = shutil.copytree(tmp_path / "nf4", tmp_path / "nf4-forgot")
-    config = json.loads((forgot / "config.json").read_text())["quantization_config"]
-    edit_json(forgot / "config.json", quantization_config={**config, "llm_int8_skip_modules": ["lm_head"]})
-    models.append(forgot)
-    ids = token_ids(build_skeleton(llama))
-    found = dict(
-        zip(
-            [model.name for model in models],
-            (outcome for outcome, _ in run_in_runtime("transformers", models, ids, tmp_path / "logits")),
-            strict=True,
-        )
-    )
-    q_proj, renamed = f"{Q_PROJ}.weight", "model.layers.0.attention.wq.weight"
-    assert (found["gone"]["missing"], found["gone"]["unexpected"]) == ([q_proj], [])
-    assert (found["extra"]["missing"], found["extra"]["unexpected"]) == ([], [f"{Q_PROJ}.extra"])
-    assert (found["renamed"]["missing"], found["renamed"]["unexpected"]) == ([q_proj], [renamed])
-    assert found["cut"]["mismatched"] == [q_proj]
-    assert found["nf4-gone"]["error"] == f"ValueError: its parts do not make {q_proj}"
-    # transformers makes them 4-bit layers all the same, and fails when it computes
-    assert found["nf4-forgot"]["layers"] == {"Linear4bit": LINEARS}
-    assert stored_layers(qexport.open_checkpoint(forgot)) == LINEARS - 3
-
-
-def damaged(source: Path, out: Path, **changes: torch.Tensor | None) -> Path:
-    shutil.copytree(source, out)
-    edit_weights(out, **changes)
-    return out
-
-
-@pytest.mark.slow
-def test_what_hqq_and_mlx_let_pass_is_told(llama: Path, tmp_path: Path) -> None:
-    """hqq's loader passes over what it has no place for, and mlx-lm tells of one kind only."""
-    pytest.importorskip("hqq", reason="needs hqq")
-    qexport.quantize(llama, tmp_path / "hqq", RtnSpec(format="hqq"))
-    ids = token_ids(build_skeleton(llama))
-
-    def changed(name: str, change: Callable[[dict[str, Any]], None]) -> Path:
-        out = shutil.copytree(tmp_path / "hqq", tmp_path / name)
-        held = torch.load(out / "qmodel.pt", weights_only=True)
-        change(held)
-        torch.save(held, out / "qmodel.pt")
-        return out
-
-    models = [
-        changed("gone", lambda held: held.pop(Q_PROJ)),
-        changed("extra", lambda held: held.update({"model.extra": {"weight": torch.ones(2)}})),
-        changed("head", lambda held: held.pop("lm_head")),
-        changed("cut", lambda held: held[Q_PROJ].update(shape=torch.Size([64, 128]))),
-        changed("eval", lambda held: held[Q_PROJ].update(encoded_state_dict=torch.tensor(1))),
-    ]
-    gone, extra, head, cut, evaluated = (
-        outcome for outcome, _ in run_in_runtime("hqq", models, ids, tmp_path / "hqq-logits")
-    )
-    assert gone["missing"] == [f"{Q_PROJ}.weight"]
-    assert extra["unexpected"] == ["model.extra.weight"]
-    assert head["missing"] == ["lm_head.weight"]
-    assert cut["mismatched"] == [f"{Q_PROJ}.W_q"]
-    assert "would eval()" in evaluated["error"]
-
-    pytest.importorskip("mlx_lm", reason="needs mlx-lm")
-    qexport.quantize(llama, tmp_path / "mlx", RtnSpec(format="mlx"))
-    extra_tensor = torch.ones(2, dtype=torch.float16)
-    path = damaged(
-        tmp_path / "mlx", tmp_path / "both", **{"model.norm.weight": None, "model.extra": extra_tensor}
-    )
-    (both, _), (bent, _) = run_in_runtime(
-        "mlx",
-        [path, damaged(tmp_path / "mlx", tmp_path / "bent", **{"model.norm.weight": extra_tensor})],
-        ids,
-        tmp_path / "mlx-logits",
-    )
-    assert (both["missing"], both["unexpected"]) == (["model.norm.weight"], ["model.extra"])
-    assert bent["mismatched"] == ["model.norm.weight"]
-
-
-@pytest.mark.slow
-def test_what_gptqmodel_lets_pass_is_told(llama: Path, tmp_path: Path) -> None:
-    """A head with codes and a layer without them: transformers replaces neither as the file has it."""
-    qexport.quantize(llama, tmp_path / "gptq", RtnSpec(bits=4))
-    ids = token_ids(build_skeleton(llama))
-    weight = qexport.open_checkpoint(llama).read(f"{Q_PROJ}.weight")
-    parts = ("qweight", "qzeros", "scales", "g_idx")
-    models = [
-        damaged(tmp_path / "gptq", tmp_path / "gone", **{f"{Q_PROJ}.scales": None}),
-        damaged(
-            tmp_path / "gptq",
-            tmp_path / "plain",
-            **{f"{Q_PROJ}.{part}": None for part in parts},
-            **{f"{Q_PROJ}.weight": weight},
-        ),
-    ]
-    gone, plain = (outcome for outcome, _ in run_in_runtime("gptqmodel", models, ids, tmp_path / "logits"))
-    assert (gone["missing"], gone["unexpected"]) == ([f"{Q_PROJ}.scales"], [])
-    assert plain["missing"] == sorted(f"{Q_PROJ}.{part}" for part in parts)
-    assert plain["unexpected"] == [f"{Q_PROJ}.weight"]
+    told = {model.name: outcome for model, (outcome, _) in zip(broken, runs[len(models) :], strict=True)}
+    getattr(flawed, f"told_by_{runtime}")(told)
 
 
 @pytest.mark.slow
 def test_the_command(llama: Path, tmp_path: Path, cli: RunCli) -> None:
-    qexport.quantize(llama, tmp_path / "nf4", RtnSpec(format="bitsandbytes"))
-    code, stdout, stderr = cli("verify", tmp_path / "nf4", "--runtime", "transformers", "--json")
+    """With mlx-lm, which starts soonest; the command knows no difference between runtimes."""
+    python_of("mlx")
+    out = tmp_path / "mlx4"
+    qexport.quantize(llama, out, RtnSpec(format="mlx"))
+    code, stdout, stderr = cli("verify", out, "--runtime", "mlx", "--json")
     assert (code, stderr) == (0, "")
     (found,) = json.loads(stdout)["runtimes"]
-    assert found["layers"] == {"Linear4bit": LINEARS}
+    assert found["layers"] == {"QuantizedLinear": LINEARS}
     assert found["dtype"] == "float32"
     assert found["difference"] < 1e-4
-    edit_weights(tmp_path / "nf4", **{"model.norm.weight": None, "model.extra": torch.ones(2)})
-    code, stdout, stderr = cli("verify", tmp_path / "nf4", "--runtime", "transformers")
+    edit_weights(out, **{"model.norm.weight": None, "model.extra": torch.ones(2)})
+    code, stdout, stderr = cli("verify", out, "--runtime", "mlx")
     assert code == 1
     assert stdout.splitlines()[1].split("\t")[2:5] == [str(LINEARS), "1", "1"]
     assert stderr.splitlines()[-1].startswith(
-        "error: transformers left 1 tensor (model.extra) of the file unread and started 1 tensor "
+        "error: mlx left 1 tensor (model.extra) of the file unread and started 1 tensor "
         "(model.norm.weight) with random weights"
     )
 
@@ -459,14 +463,3 @@ def test_hqq_gets_no_pickle_but_our_own(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "hqq" / "qexport.json").unlink()
     with pytest.raises(UnsafeFileError, match=r"qmodel.pt was not written by qexport"):
         check_runtime(tmp_path / "hqq", "hqq")
-
-
-@pytest.mark.slow
-def test_code_from_a_checkpoint_is_not_run(tmp_path: Path) -> None:
-    path = tiny_model(tmp_path / "model")
-    edit_json(path / "config.json", auto_map={"AutoModelForCausalLM": "evil.Model"}, model_type="evil")
-    (path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    ids = torch.tensor([[1, 2]])
-    ((outcome, _),) = run_in_runtime("transformers", [path], ids, tmp_path / "logits")
-    assert "error" in outcome
-    assert not (tmp_path / "ran").exists()

@@ -2,12 +2,23 @@
 
 A cell is a model of the zoo, quantized one way. It is made of the tables of methods, solvers and formats,
 so that a new row of those has its cells here. A runtime takes seconds to start: one test a runtime.
+
+The table speaks of formats and architectures: each pair of those is a cell at least. What it does not tell
+apart is not crossed with everything, but
+- methods as they come, solvers and grids meet every structural kind, of which `UNLIKE` has one each: Llama's;
+  Gemma's norms on both sides and sliding windows; GPT-2's transposed layers with biases; experts under
+  Mixtral's names, and under Qwen's;
+- solvers meet every format, and the architectures that are not in `UNLIKE`: see `_rest`;
+- bits, orders and choices of layers meet Llama.
+`test_the_cells_cover_what_they_should` holds the cells against this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +30,7 @@ from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.errors import GateError, QexportError, SpecError, UnsupportedModelError, VerificationError
 from qexport.methods import FORMATS, grid_wish
 from qexport.modeling.skeleton import build_skeleton
-from qexport.specs import METHODS, SOLVERS, AnyQuantizeSpec, CalibrationSpec, spec_of
+from qexport.specs import METHODS, SOLVERS, AnyQuantizeSpec, AwqGptqSpec, AwqSpec, CalibrationSpec, spec_of
 from qexport.verification.runtimes import support
 from qexport.verification.runtimes.check import (
     check_of,
@@ -41,34 +52,22 @@ SANE = 1.2  # |quantized - full| / |full| of the logits; of logits that have not
 FEW_BITS = 1.5  # with 1 or 2 bits little is left of random weights
 Options = Mapping[str, Any]
 
-# Every method as it comes, on all architectures.
-EVERYWHERE: dict[str, Options] = {
+UNLIKE = ("llama", "gemma2", "gpt2", "mixtral", "qwen3_moe")
+AS_THEY_COME: dict[str, Options] = {
     **{method: {"method": method} for method in METHODS},
     "bnb-int8": {"method": "bnb", "bits": 8},
     "ct-gptq": {"method": "gptq", "format": "compressed-tensors"},
     "gptq_v2-hqq": {"method": "hqq", "format": "gptq_v2"},
+    "hqq-safetensors": {"method": "hqq", "format": "hqq-safetensors"},
 }
-# Crossings of solvers and formats, on those that are least like each other.
-UNLIKE = ("llama", "gemma2", "gpt2", "mixtral", "qwen3_moe")
-ON_UNLIKE: dict[str, Options] = {
+CROSSED: dict[str, Options] = {
     "bnb-fp4": {"method": "bnb", "quant_type": "fp4", "double_quant": False},
-    "bnb-gptq": {"method": "gptq", "format": "bitsandbytes"},
     "ct-gptq-asymmetric": {"method": "gptq", "format": "compressed-tensors", "symmetric": False},
     "ct-awq+gptq": {"method": "awq", "solver": "awq+gptq", "format": "compressed-tensors"},
-    "mlx-gptq": {"method": "mlx", "solver": "gptq"},
+    "mlx-importance": {"method": "mlx", "solver": "importance"},
 }
-# Every solver in every format, on Llama. HQQ moves zeros, which some formats have not.
+# HQQ moves zeros, which some formats have not.
 APART = {("hqq", "bitsandbytes"), ("hqq", "eetq")}
-CROSSED: dict[str, Options] = {
-    f"{name}-x-{solver}": {
-        "method": "rtn",
-        "solver": solver,
-        "format": name,
-        **({"bits": 8} if name == "eetq" else {}),
-    }
-    for name in FORMATS
-    for solver in SOLVERS
-}
 _MIXED: Options = {"override": ("*.1.*=8",), "skip": ("*.0.*o_proj",), "lm_head": True}
 # Bits, orders and choices of layers, on Llama.
 CHOICES: dict[str, Options] = {
@@ -103,6 +102,11 @@ class Cell:
         return self._spec({}).format if self.options else support.PLAIN
 
     @property
+    def solver(self) -> str:
+        """The solver's name; none for a model as it is."""
+        return self._spec({}).solver if self.options else ""
+
+    @property
     def symmetric(self) -> bool:
         """Whether its codes have no zeros of their own."""
         spec = self._spec({})
@@ -114,7 +118,7 @@ class Cell:
     @property
     def refused(self) -> bool:
         """Whether the table says that nothing is written."""
-        if not self.options or (self.options.get("solver"), self.format) in APART:
+        if not self.options or (self.solver, self.format) in APART:
             return bool(self.options)
         return support.refusal(self.format, self.model_type, symmetric=self.symmetric) is not None
 
@@ -135,14 +139,53 @@ class Cell:
         spec = spec_of(**self.options)
         if not isinstance(spec, CalibrationSpec):
             return spec
-        return spec_of(**self.options, **calibration, samples=8, sequence_length=32)
+        little: Options = {"samples": 8, "sequence_length": 32, **calibration}
+        if isinstance(spec, (AwqSpec, AwqGptqSpec)):
+            little = {"grid_points": 4, **little}  # how good its scales are is not asked here
+        return spec_of(**self.options, **little)
 
 
+def _crossed(model_type: str, format_name: str, solver: str) -> Cell:
+    bits = {"bits": 8} if format_name == "eetq" else {}
+    options = {"method": "rtn", "solver": solver, "format": format_name, **bits}
+    return Cell(model_type, f"{format_name}-x-{solver}", options)
+
+
+def _rest(kinds: Sequence[Cell]) -> Iterator[Cell]:
+    """For each architecture that is not in UNLIKE, a cell a format.
+
+    A solver that `kinds` do not bring to a format has there the architecture that has met it least; where
+    no solver is left, it is rounding. gemma3_text comes last: it has six blocks here.
+    """
+    others = sorted(ZOO.keys() - {*UNLIKE}, key=lambda name: (name == "gemma3_text", name))
+    met: Counter[tuple[str, str]] = Counter()
+    for name in FORMATS:
+        refused = [model_type for model_type in others if support.refusal(name, model_type)]
+        free = [model_type for model_type in others if model_type not in refused]
+        brought = {cell.solver for cell in kinds if cell.format == name and not cell.refused}
+        for solver in SOLVERS:
+            if solver not in {"rtn", *brought} and (solver, name) not in APART:
+                model_type = min(free, key=lambda one: (one == "gemma3_text", met[solver, one]))
+                free.remove(model_type)
+                met[solver, model_type] += 1
+                yield _crossed(model_type, name, solver)
+        yield from (_crossed(model_type, name, "rtn") for model_type in (*free, *refused))
+
+
+_KINDS = [
+    Cell(model_type, name, options)
+    for model_type in UNLIKE
+    for name, options in {**AS_THEY_COME, **CROSSED}.items()
+]
 CELLS = [
     *(Cell(model_type, "plain", {}) for model_type in ZOO),
-    *(Cell(model_type, name, options) for model_type in ZOO for name, options in EVERYWHERE.items()),
-    *(Cell(model_type, name, options) for model_type in UNLIKE for name, options in ON_UNLIKE.items()),
-    *(Cell("llama", name, options) for name, options in {**CROSSED, **CHOICES}.items()),
+    *_KINDS,
+    *_rest(_KINDS),
+    *(Cell(model_type, "gguf", {"method": "gguf"}) for model_type in ZOO if model_type not in UNLIKE),
+    *(_crossed("llama", format_name, solver) for solver, format_name in sorted(APART)),
+    # the formats that AWQ has above refuse GPT-2's layers
+    *(_crossed("gpt2", "mlx", solver) for solver in ("awq", "awq+gptq")),
+    *(Cell("llama", name, options) for name, options in CHOICES.items()),
 ]
 Models = Callable[[str], tuple[Path, torch.Tensor, torch.Tensor]]
 
@@ -242,6 +285,38 @@ def test_formats_that_no_runtime_here_reads_decode_to_the_model(
         if problem := sane(cell, ours, full):
             failures.append(f"{cell.model_type} {cell.name}: {problem}")
     assert not failures, told(len(cells), failures)
+
+
+def test_the_cells_cover_what_they_should() -> None:
+    """Every claim of the table has a cell; solvers, grids and methods meet what the module's text says."""
+    written = [cell for cell in CELLS if not cell.refused]
+    run = {
+        (runtime, cell.format, cell.model_type)
+        for cell in written
+        for runtime in support.SUPPORT.get(cell.format, ())
+        if cell.read_by(runtime)
+    }
+    assert run == {
+        (runtime, name, model_type)
+        for name in support.SUPPORT
+        for model_type in ZOO
+        for runtime in support.readers(name, model_type)
+    }
+    formats = {support.PLAIN, "gguf", *FORMATS}
+    assert {(cell.format, cell.model_type) for cell in CELLS} == set(product(formats, ZOO))
+    for name, model_type in product(FORMATS, ZOO):  # what is refused for its zeros only
+        if (gap := support.refusal(name, model_type, symmetric=False)) and gap.asymmetric_only:
+            cells = [cell for cell in CELLS if (cell.format, cell.model_type) == (name, model_type)]
+            assert {cell.refused for cell in cells} == {False, True}
+
+    solved = {(cell.solver, cell.format) for cell in written}
+    assert set(product(SOLVERS, FORMATS)) - solved == APART
+    assert {(cell.solver, cell.format) for cell in CELLS} >= APART
+    assert {(cell.solver, cell.model_type) for cell in written} >= set(product(SOLVERS, UNLIKE))
+    for model_type in UNLIKE:
+        names = {cell.name for cell in CELLS if cell.model_type == model_type}
+        assert names >= {"plain", *METHODS, *AS_THEY_COME, *CROSSED}
+    assert len({(cell.model_type, cell.name) for cell in CELLS}) == len(CELLS), "their directories' names"
 
 
 def test_the_table_knows_all_formats_and_architectures() -> None:

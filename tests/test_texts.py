@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qexport.calibrate.texts import read_documents, read_pairs, read_training_documents
+from qexport.calibrate.texts import read_documents, read_training_documents
 from qexport.calibrate.windows import opening_token, packed, scored_windows
 from qexport.errors import CalibrationError, StorageError
 from qexport.modeling.tokenizer import load_tokenizer
@@ -95,15 +95,6 @@ def test_files_of_other_kinds_are_told(tmp_path: Path, name: str, pattern: str) 
         (tmp_path / name).write_bytes(b"PAR1")
     with pytest.raises(CalibrationError, match=pattern):
         read_training_documents(tmp_path / name)
-
-
-def test_pairs(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"prompt": "a", "reference": "b"}\n')
-    assert read_pairs(file) == [("a", "b")]
-    file.write_text('{"prompt": "a"}\n')
-    with pytest.raises(CalibrationError, match=r"record 1 of .* is no pair"):
-        read_pairs(file)
 
 
 @pytest.fixture(scope="module")

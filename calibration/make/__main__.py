@@ -71,7 +71,8 @@ def main(seed: int, only: str | None, out: Path, base_steps: int, adapter_steps:
 def _figures(console: Console, data: Path, base: Path, adapter: Path) -> None:
     for name, with_adapter in (("base", None), ("merged", adapter)):
         found = figures.scores(base, with_adapter, data)
-        bleu = found.bleu.value if found.bleu else float("nan")
+        against = found.answers.references if found.answers else None
+        bleu = against.bleu.value if against else float("nan")
         _say(console, f"{name}: BLEU {bleu:.2f}, held-out perplexity {found.perplexity.value:.3f}")
 
 

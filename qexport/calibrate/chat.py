@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from qexport.calibrate.records import Conversation, Document, Message
+from qexport.calibrate.records import Conversation, Document
 from qexport.calibrate.windows import text_tokens
 from qexport.errors import CalibrationError
 
@@ -24,17 +23,17 @@ def document_tokens(document: Document, tokenizer: Any) -> list[int]:
     return list(tokenizer(rendered(document, tokenizer), add_special_tokens=False).input_ids)
 
 
-def rendered(conversation: Conversation, tokenizer: Any) -> str:
-    """The conversation as the chat template writes it.
+def rendered(conversation: Conversation, tokenizer: Any, *, asking: bool = False) -> str:
+    """The conversation as the chat template writes it; with `asking`, up to where an answer to it begins.
 
     A template that fails on a system prompt (Gemma's and older ones of Mistral's) gets it as the beginning of
     the first user turn. Raises CalibrationError, naming the record, when it fails all the same.
     """
     failure: Exception | None = None
-    for messages in (conversation.messages, _folded(conversation.messages)):
-        if messages:
+    for attempt in (conversation, conversation.folded):
+        if attempt is not None:
             try:
-                return _apply(messages, conversation, tokenizer)
+                return _apply(attempt, tokenizer, add_generation_prompt=asking)
             except Exception as error:  # a template raises what it likes
                 failure = error
     reason = (str(failure).strip() or type(failure).__name__).splitlines()[0]
@@ -45,14 +44,7 @@ def rendered(conversation: Conversation, tokenizer: Any) -> str:
     ) from failure
 
 
-def _apply(messages: Sequence[Message], conversation: Conversation, tokenizer: Any) -> str:
+def _apply(conversation: Conversation, tokenizer: Any, **options: Any) -> str:
     tools = {"tools": list(conversation.tools)} if conversation.tools else {}
-    return str(tokenizer.apply_chat_template([dict(m) for m in messages], tokenize=False, **tools))
-
-
-def _folded(messages: Sequence[Message]) -> list[Message]:
-    """`messages` with their system prompt in the first user turn; empty when that cannot be."""
-    if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
-        return []
-    system, first, *rest = messages
-    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    messages = [dict(message) for message in conversation.messages]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, **options, **tools))

@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qexport.errors import CalibrationError
@@ -40,8 +41,8 @@ ROLES = {
     "function": "tool",
     "ipython": "tool",
 }
-_CONVERSATIONS = ("messages", "conversations", "conversation")
-_REQUESTS = ("instruction", "query", "prompt", "question")
+CONVERSATIONS = ("messages", "conversations", "conversation")
+REQUESTS = ("instruction", "query", "prompt", "question")
 _ANSWERS = ("output", "response", "completion", "answer")
 _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content")  # what templates read beside the content
 _FORMS = (
@@ -65,8 +66,43 @@ class Conversation:
         """The contents, a line each: all that a model without a template can be given."""
         return "\n".join(message["content"] for message in self.messages if message["content"].strip())
 
+    @property
+    def folded(self) -> Conversation | None:
+        """It with the system prompt as the beginning of the first user turn; None when that cannot be.
+
+        For templates that know no system prompt: Gemma's and older ones of Mistral's.
+        """
+        if len(self.messages) < 2 or [m["role"] for m in self.messages[:2]] != ["system", "user"]:
+            return None
+        system, first, *rest = self.messages
+        content = f"{system['content']}\n\n{first['content']}"
+        return replace(self, messages=({**first, "content": content}, *rest))
+
 
 Document = str | Conversation
+
+
+def json_records(content: str, path: Path, expected: str) -> list[tuple[int, Any]]:
+    """The records of a JSON list, of one JSON object or of JSON lines, each with its number or its line's.
+
+    Raises CalibrationError, saying what was `expected`, for what is none of these.
+    """
+
+    def parsed(text: str, where: str) -> Any:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(
+                f"{path} is neither JSON nor JSON lines: {where}{error}", expected=expected
+            ) from error
+
+    if content.lstrip().startswith("["):
+        return list(enumerate(parsed(content, ""), start=1))
+    # only \n ends a line: a text in JSON may hold the other ends that Python knows, such as U+2028
+    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
+    if lines and lines[0][1].strip() == "{":  # one object over several lines
+        return [(1, parsed(content, ""))]
+    return [(number, parsed(line, f"line {number}: ")) for number, line in lines]
 
 
 def document_of(record: Any, where: str) -> Document | None:
@@ -77,10 +113,7 @@ def document_of(record: Any, where: str) -> Document | None:
     """
     document = _document(record, where)
     text = document if isinstance(document, str) else document.plain
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # JSON may escape it, a tokenizer cannot take it
-        raise CalibrationError(f"{where} holds half of a surrogate pair, which is no text") from None
+    require_text(text, where)
     if isinstance(document, str):
         return document if text.strip() else None
     if len(document.messages) == 1 and document.messages[0]["role"] == "assistant":
@@ -88,31 +121,66 @@ def document_of(record: Any, where: str) -> Document | None:
     return document if text.strip() or any("tool_calls" in m for m in document.messages) else None
 
 
+def require_text(text: str, where: str) -> None:
+    """Raises CalibrationError for a text that UTF-8 cannot hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # JSON may escape it, a tokenizer cannot take it
+        raise CalibrationError(f"{where} holds half of a surrogate pair, which is no text") from None
+
+
+def columns(record: Any, where: str, expected: str) -> dict[str, Any]:
+    """What `record` has under its keys; CalibrationError, saying what was `expected`, when it is no object.
+
+    Columns that a record does not use are null in files that a data library wrote: they are left out.
+    """
+    if not isinstance(record, dict):
+        raise CalibrationError(f"{where} is {_kind(record)}", expected=expected)
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def conversation_of(
+    record: Mapping[str, Any], where: str, *, unanswered: bool = False
+) -> Conversation | None:
+    """The conversation in `record`, without nulls; None when its keys name none.
+
+    With `unanswered`, a request that has no answer is one too. Raises CalibrationError for a role that is not
+    known, and a conversation without messages.
+    """
+    messages = _messages(record, where, unanswered)
+    if messages is None:
+        return None
+    if not messages:
+        raise CalibrationError(
+            f"{where} holds a conversation without messages", expected='[{"role": ..., "content": ...}]'
+        )
+    return Conversation(tuple(_with_system(record, messages, where)), where, _tools(record))
+
+
+def found_keys(record: Mapping[str, Any]) -> str:
+    """The keys of `record` and the types of their values, for errors."""
+    return ", ".join(f"{key}: {type(value).__name__}" for key, value in record.items()) or "nothing"
+
+
 def _document(record: Any, where: str) -> Document:
     if isinstance(record, str):
         return record
-    if not isinstance(record, dict):
-        raise CalibrationError(f"{where} is {_kind(record)}", expected=_FORMS)
-    # columns that a record does not use are null in files that a data library wrote
-    record = {key: value for key, value in record.items() if value is not None}
-    messages = _messages(record, where)
-    if messages is not None:
-        if not messages:
-            raise CalibrationError(
-                f"{where} holds a conversation without messages", expected='[{"role": ..., "content": ...}]'
-            )
-        return Conversation(tuple(_with_system(record, messages, where)), where, _tools(record))
+    record = columns(record, where, _FORMS)
+    conversation = conversation_of(record, where)
+    if conversation is not None:
+        return conversation
     for key in ("text", "chosen"):  # preference data of plain texts has its whole text there
         if isinstance(record.get(key), str):
             return str(record[key])
-    found = ", ".join(f"{key}: {type(value).__name__}" for key, value in record.items()) or "nothing"
-    raise CalibrationError(f"{where} has no text that is known by its keys (it has {found})", expected=_FORMS)
+    raise CalibrationError(
+        f"{where} has no text that is known by its keys (it has {found_keys(record)})", expected=_FORMS
+    )
 
 
-def _messages(record: Mapping[str, Any], where: str) -> list[Message] | None:
+def _messages(record: Mapping[str, Any], where: str, unanswered: bool) -> list[Message] | None:
     """The messages of `record`; None when it is no conversation."""
     chosen = record.get("chosen")
-    for key in _CONVERSATIONS:
+    for key in CONVERSATIONS:
         if key in record:
             if not isinstance(record[key], list):
                 raise CalibrationError(
@@ -120,19 +188,19 @@ def _messages(record: Mapping[str, Any], where: str) -> list[Message] | None:
                 )
             turns = list(_turns(record[key], where))
             return [*turns, *_turns([chosen], where)] if isinstance(chosen, dict) and turns else turns
-    request = next((record[key] for key in _REQUESTS if key in record), record.get("input"))
+    request = next((record[key] for key in REQUESTS if key in record), record.get("input"))
     answer = next((record[key] for key in _ANSWERS if key in record), chosen)
     if isinstance(chosen, list) and not isinstance(request, list):
         return list(_turns(chosen, where))  # the whole conversation, its prompt included
-    if request is None or answer is None:
+    if request is None or (answer is None and not unanswered):
         return None
-    extra = record.get("input") if any(key in record for key in _REQUESTS) else None
+    extra = record.get("input") if any(key in record for key in REQUESTS) else None
     if isinstance(extra, str) and extra.strip() and isinstance(request, str):
         request = f"{request}\n{extra}" if request.strip() else extra  # as LLaMA-Factory joins the two
     return [
         *_history(record.get("history"), where),
         *_part(request, "user", where),
-        *_part(answer, "assistant", where),
+        *([] if answer is None else _part(answer, "assistant", where)),
     ]
 
 

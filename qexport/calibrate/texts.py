@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from qexport.calibrate.records import Document, document_of
+from qexport.calibrate.records import Document, document_of, json_records
 from qexport.checkpoint.disk import exists, read_errors
 from qexport.errors import CalibrationError
 
 _SEPARATOR = "<|endoftext|>"  # between documents in plain text, as TinyStories and others have it
+_RECORDS = 'records such as {"text": "..."}'
 _JSON = (".json", ".jsonl", ".ndjson")
 _TABLES = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 _NOT_READ = (*_TABLES, ".arrow", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
@@ -23,7 +23,9 @@ def read_documents(path: Path) -> list[str]:
     """
     content = read_text(path)
     if path.suffix.lower() in _JSON:
-        documents = [_text_of(record, path, number) for number, record in _records(content, path)]
+        documents = [
+            _text_of(record, path, number) for number, record in json_records(content, path, _RECORDS)
+        ]
     else:
         documents = content.split(_SEPARATOR)
     documents = [document.strip() for document in documents if document.strip()]
@@ -43,7 +45,7 @@ def read_training_documents(path: Path) -> list[Document]:
         return [*read_documents(path)]
     found = [
         document_of(record, f"record {number} of {path}")
-        for number, record in _records(read_text(path), path)
+        for number, record in json_records(read_text(path), path, _RECORDS)
     ]
     documents: list[Document] = [
         document.strip() if isinstance(document, str) else document
@@ -84,25 +86,6 @@ def read_text(path: Path) -> str:
         raise CalibrationError(f"{path} is not UTF-8 text: {error.reason}") from error
 
 
-def _records(content: str, path: Path) -> list[tuple[int, Any]]:
-    def parsed(text: str, where: str) -> Any:
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(
-                f"{path} is neither JSON nor JSON lines: {where}{error}",
-                expected='records such as {"text": "..."}',
-            ) from error
-
-    if content.lstrip().startswith("["):
-        return list(enumerate(parsed(content, ""), start=1))
-    # only \n ends a line: a text in JSON may hold the other ends that Python knows, such as U+2028
-    lines = [(number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip()]
-    if lines and lines[0][1].strip() == "{":  # one object over several lines
-        return [(1, parsed(content, ""))]
-    return [(number, parsed(line, f"line {number}: ")) for number, line in lines]
-
-
 def _text_of(record: Any, path: Path, number: int) -> str:
     if isinstance(record, str):
         return record
@@ -113,20 +96,3 @@ def _text_of(record: Any, path: Path, number: int) -> str:
         f'record {number} of {path} has no "text" that is a text (it has {found})',
         expected='{"text": "..."}',
     )
-
-
-def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """Prompt and reference of every record of a JSON or JSON-lines file; CalibrationError otherwise."""
-    pairs = []
-    for number, record in _records(read_text(path), path):
-        prompt = record.get("prompt") if isinstance(record, dict) else None
-        reference = record.get("reference") if isinstance(record, dict) else None
-        if not isinstance(prompt, str) or not isinstance(reference, str):
-            raise CalibrationError(
-                f"record {number} of {path} is no pair",
-                expected='{"prompt": "...", "reference": "..."}',
-            )
-        pairs.append((prompt, reference))
-    if not pairs:
-        raise CalibrationError(f"{path} holds no pairs")
-    return pairs

@@ -13,7 +13,7 @@ from typing import Any
 
 from qexport.checkpoint.checkpoint import CONFIG_FILE, read_json
 from qexport.checkpoint.disk import is_file
-from qexport.checkpoint.gguf_files import gguf_files
+from qexport.checkpoint.gguf_files import gguf_files, in_the_users_words
 from qexport.checkpoint.hashing import ALGORITHM, file_hash
 from qexport.checkpoint.sharding import INDEX_FILE
 from qexport.checkpoint.sidecars import sidecar_files
@@ -179,7 +179,21 @@ def merged_adapters(directory: Path) -> set[str]:
 def carried_figures(sources: Sequence[Path]) -> dict[str, Any]:
     """What an output says of the models that it was made of."""
     held = sorted(set().union(*(merged_adapters(source) for source in sources)))
-    return {_MERGED: held} if held else {}
+    carried: dict[str, Any] = {_MERGED: held} if held else {}
+    return {**carried, "sources": [_told(source) for source in sources]} if sources else carried
+
+
+def _told(source: Path) -> dict[str, Any]:
+    """A model or an adapter by its place, with its base's name and its own sources where it tells them."""
+    told: dict[str, Any] = {"path": in_the_users_words(str(source))}
+    adapter = source / "adapter_config.json"
+    base = read_json(adapter).get("base_model_name_or_path") if is_file(adapter) else None
+    if isinstance(base, str) and base:
+        told["base_model"] = base
+    figures = read_manifest(source).get("figures") if source.is_dir() else None
+    if isinstance(figures, dict) and isinstance(figures.get("sources"), list):
+        told["sources"] = figures["sources"]
+    return told
 
 
 def read_figures(directory: Path) -> dict[str, Any]:

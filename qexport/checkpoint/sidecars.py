@@ -42,6 +42,7 @@ _MODEL_FILES = (
     "config.json",
     "qexport.json",
     "README.md",
+    "loss_vs_bits.png",  # the model card's
 )
 
 

@@ -27,6 +27,7 @@ from qexport.sizes import format_size
 
 _PARTIAL, _OLD, _NEW = "qexport-partial", "qexport-old", "qexport-new"
 _CONTENT = "content"
+_CARD = "README.md"
 
 
 class StagedDirectory:
@@ -69,10 +70,17 @@ class StagedDirectory:
             self.path.chmod(0o777 & ~_umask())  # it was private while it grew
             _sync(self.path)
             if self._final.exists():
+                self._keep_card()
                 self._replace()
             else:
                 self.path.rename(self._final)
             _sync(self._final.parent)
+
+    def _keep_card(self) -> None:
+        """The model card of what is replaced stays: people write in it."""
+        card, new = self._final / _CARD, self.path / _CARD
+        if card.is_file() and not new.exists():
+            shutil.copyfile(card, new)
 
     def _replace(self) -> None:
         """The old content goes aside, the new takes its name; killed in between, the next run undoes it."""

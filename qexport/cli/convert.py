@@ -63,6 +63,7 @@ def convert(
             raise SpecError("--base is for --to gguf-lora", remedy="leave it out")
         else:
             result, told = _model(source, output, spec, overwrite, on_event)
+            out.card(output)
     out.result(result, told)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qexport.cli.output import Output, output_options
+from qexport.cli.report_table import show_report, write_junit
 from qexport.sizes import format_size
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def export(recipe: Path, dry_run: bool, trust_remote_code: bool, as_json: bool, 
 
     An export file of LLaMA-Factory or SWIFT will do: it makes the one model that it asks for.
 
-    Exits with 1 when a variant is not whole, or loses more than the recipe's verify.max_loss.
+    Exits with 1 when a variant is not whole, or loses more than the recipe's verify part
+    allows (max_loss, max_kl, min_bleu).
     """
     out = Output(as_json, quiet)
     from qexport.graph.recipe import read_recipe
@@ -69,30 +71,32 @@ def show_plan(recipe: AnyRecipe, out: Output, *, trust_remote_code: bool = False
         out.note(f"{format_size(total)} would be written")
 
 
-def run_recipe(recipe: AnyRecipe, out: Output, *, trust_remote_code: bool = False) -> None:
+def run_recipe(
+    recipe: AnyRecipe, out: Output, *, trust_remote_code: bool = False, junit: Path | None = None
+) -> None:
     """Runs the recipe and prints the report's table; without a report, the models."""
     from qexport.graph.run import export as run
     from qexport.graph.run import require_within_gate
     from qexport.graph.tasks import Task
-    from qexport.report.rows import COLUMNS
 
     def told(task: Task, runs: bool, number: int, total: int) -> None:
         out.note(f"{number}/{total} {task.name}" + ("" if runs else ": stands"))
 
     with out.listening() as on_event:
         result = run(recipe, trust_remote_code=trust_remote_code, on_event=on_event, on_task=told)
+    report = result.report
     data = {
         "output": str(result.output),
         "models": [{**asdict(model), "path": str(model.path)} for model in result.models],
-        "rows": [asdict(row) for row in result.rows],
+        "report": report.model_dump(mode="json") if report else None,
         "ran": list(result.ran),
         "skipped": list(result.skipped),
     }
-    if not result.rows:
+    if report is None:
         models = [(model.name, format_size(model.size_bytes), str(model.path)) for model in result.models]
         out.table(result.title, ("model", "size", "output"), models, data)
         return
-    out.table(result.title, COLUMNS, [row.cells() for row in result.rows], data)
-    for line in (*result.recipe_lines, f"report: {result.output / 'report.md'}"):
-        out.note(line)
-    require_within_gate(result, recipe)
+    show_report(report, out, data, result.output)
+    if junit:
+        write_junit(report, junit)
+    require_within_gate(report)

@@ -19,6 +19,7 @@ from qexport.version import __version__
 
 # name -> (where the command is, what it does); `qexport --help` imports none of them
 COMMANDS = {
+    "compare": ("qexport.cli.compare:compare", "Measure what each bit costs: the loss-vs-bits report."),
     "convert": ("qexport.cli.convert:convert", "Write a model, or an adapter, in another form."),
     "demo": ("qexport.cli.demo:demo", "Run the whole way on the embedded model, in minutes."),
     "export": (
@@ -27,7 +28,9 @@ COMMANDS = {
     ),
     "imatrix": ("qexport.cli.imatrix:imatrix", "Gather a GGUF importance matrix."),
     "merge": ("qexport.cli.merge:merge", "Merge adapters into their base."),
+    "push": ("qexport.cli.push:push", "Push an output, or several variants, to the Hugging Face Hub."),
     "quantize": ("qexport.cli.quantize:quantize", "Quantize a model."),
+    "report": ("qexport.cli.report:report", "Render reports again, merge several, compare two."),
     "shard": ("qexport.cli.shard:shard", "Write a model again in files of another size."),
     "verify": ("qexport.cli.verify:verify", "Measure what a model lost against its reference."),
 }

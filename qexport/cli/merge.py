@@ -60,6 +60,7 @@ def merge(
             overwrite=overwrite,
             on_event=on_event,
         )
+    out.card(made.path)
     data = {**asdict(made), "path": str(made.path), "base": str(made.base)}
     out.result(
         {"output": data.pop("path"), "tensors_changed": len(made.changes), **data},

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
 
 from qexport.checkpoint.gguf_files import in_the_users_words
+from qexport.errors import QexportError
 from qexport.events import Advanced, Event, Finished, Noted, OnEvent, Started
 from qexport.results import plain
 
@@ -84,6 +86,15 @@ class Output:
         """Something worth knowing, on stderr."""
         if not self.quiet:
             click.echo(printable(text), err=True)
+
+    def card(self, directory: Path) -> None:
+        """Writes the model card of an output that stands; what keeps it from that is but a note."""
+        from qexport.report.card import write_card
+
+        try:
+            write_card(directory)
+        except QexportError as error:
+            self.note(f"note: no model card: {error}")
 
     @contextmanager
     def listening(self) -> Iterator[OnEvent]:

@@ -74,6 +74,7 @@ def quantize(
             trust_remote_code=trust_remote_code,
             on_event=on_event,
         )
+    out.card(result.path)
     told = _gguf_summary(result) if result.files else _summary(result)
     out.result({**asdict(result), "path": str(result.path)}, told)
     if result.tensors and not as_json and not quiet:

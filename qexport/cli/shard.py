@@ -27,6 +27,7 @@ def shard(model: str, output: Path, overwrite: bool, as_json: bool, quiet: bool,
 
     with out.listening() as on_event:
         made = run(model, output, spec, overwrite=overwrite, on_event=on_event)
+    out.card(output)
     files = len({tensor.file for tensor in made.stored.values()})
     out.result(
         {"output": str(output), "files": files, "size_bytes": made.weights_size},

@@ -51,7 +51,8 @@ def verify(
     """Open CANDIDATE's written bytes again, check every tensor, and measure perplexity and BLEU.
 
     Exits with 1 when a tensor is missing, unexpected, misshapen or not finite, when the loss is more than
-    --max-loss, or when a runtime reads the files otherwise than they were meant.
+    --max-loss, --max-kl or --min-bleu allow, or when a runtime reads the files otherwise than they were
+    meant.
     """
     spec = make_spec(VerifySpec, given, "verify")
     _require_a_task(reference, runtimes, runtime_python, given)
@@ -90,7 +91,7 @@ def verify(
     for check in checks:
         require_agreement(check)
     if result:
-        require_within(result, spec.max_loss)
+        require_within(result, spec)
 
 
 def _require_a_task(
@@ -109,14 +110,17 @@ def _require_a_task(
 
 
 def _show_loss(out: Output, result: VerifyResult) -> None:
-    from qexport.report.rows import format_loss, format_perplexity, recipe_lines
+    from qexport.report.rows import recipe_lines
+    from qexport.report.tables import format_interval, format_kl, format_loss, format_perplexity
 
     rows = [
         (
             role,
             scores.model,
             format_perplexity(scores.perplexity),
-            "" if scores.bleu is None else f"{scores.bleu.value:.1f}",
+            format_interval(scores.answers.references.bleu)
+            if scores.answers and scores.answers.references
+            else "",
             format_size(scores.size_bytes),
             f"{scores.bits_per_weight:.2f}",
         )
@@ -126,6 +130,9 @@ def _show_loss(out: Output, result: VerifyResult) -> None:
     out.table("qexport verify", columns, rows, {})
     loss = format_loss(result.loss.loss, result.loss.standard_error)
     out.result({}, f"loss\t{loss}")
+    if kl := result.candidate.divergence:
+        out.result({}, f"KL\t{format_kl(kl.mean, kl.standard_error)}")
+        out.result({}, f"same top token\t{100 * kl.same_top:.2f}%")
     for line in recipe_lines(result.reference):
         out.note(line)
 

@@ -6,32 +6,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qexport.calibrate.texts import read_documents, read_pairs
+from qexport.calibrate.texts import read_documents
 from qexport.checkpoint.checkpoint import open_directory
+from qexport.checkpoint.disk import exists
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.staging import require_space
 from qexport.errors import OutputExistsError, RecipeError
 from qexport.events import Event, Noted, OnEvent, ignore
+from qexport.formats.opening import open_checkpoint
 from qexport.graph.foreign import ModelRecipe, merged_beside
 from qexport.graph.recipe import AnyRecipe, ExportRecipe
+from qexport.graph.scoring import PushTask, ReportTask, VerifyTask
 from qexport.graph.tasks import (
     MergeTask,
     ModelTask,
     QuantizeTask,
-    ReportTask,
     ShardTask,
     Source,
     Task,
-    VerifyTask,
 )
 from qexport.merging.adapter import split_weight
 from qexport.merging.plan import plan_merge
 from qexport.modeling.architectures import architecture_of
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.modeling.tokenizer import load_tokenizer
+from qexport.publishing.spec import PushRecipe
 from qexport.quantization.quantize import planned_size
+from qexport.report.rows import FULL
 from qexport.specs import METHODS, AnyQuantizeSpec, CalibrationSpec, ShardSpec
-from qexport.verification.verify import evaluation_data
+from qexport.verification.evaluate import evaluation_data
+from qexport.verification.prompts import read_prompts
 
 
 @dataclass(frozen=True)
@@ -114,15 +118,36 @@ def _variants(recipe: ExportRecipe, base: str, adapters: tuple[str, ...]) -> Job
         tasks.append(source)
     reference = VerifyTask("verify full", out / "scores" / "full.json", source, recipe.verify)
     tasks.append(reference)
-    variants = []
-    for name, spec in _named(recipe.quantize):
-        made = QuantizeTask(name, out / name, source, spec)
+    variants: list[VerifyTask] = []
+
+    def measure(name: str, made: Source) -> None:
         scores = out / "scores" / f"{name}.json"
-        verified = VerifyTask(f"verify {name}", scores, made, recipe.verify)
-        tasks += [made, verified]
-        variants.append((made, verified))
+        variants.append(VerifyTask(f"verify {name}", scores, made, recipe.verify, reference))
+        tasks.append(variants[-1])
+
+    names = dict(_named(recipe.quantize))
+    for name, spec in names.items():
+        tasks.append(QuantizeTask(name, out / name, source, spec))
+        measure(name, tasks[-1])
+    for name, candidate in _candidates(recipe.candidates, {*names, FULL}):
+        measure(name, candidate)
     report = ReportTask("report", out, recipe.title, reference, tuple(variants))
+    if recipe.push:
+        made = [task.name for task in tasks if isinstance(task, QuantizeTask)]
+        push = PushTask("push", out, report, _pushed(recipe.push, made, tasks))
+        return Job(Path(base), out, recipe.title, (*tasks, report, push), report)
     return Job(base=Path(base), output=out, title=recipe.title, tasks=(*tasks, report), report=report)
+
+
+def _pushed(push: PushRecipe, made: Sequence[str], tasks: Sequence[Task]) -> PushRecipe:
+    """With the names of the variants that go. Raises RecipeError for one that is not made."""
+    models = [task.out.name for task in tasks if isinstance(task, ModelTask)]
+    chosen = push.variant or tuple(made) or tuple(models)
+    if unknown := [name for name in chosen if name not in models]:
+        raise RecipeError(f"push.variant: there is no {unknown[0]}, known are {', '.join(models)}")
+    if not chosen:
+        raise RecipeError("push: the recipe makes no model that could be pushed")
+    return push.model_copy(update={"variant": chosen})
 
 
 def _named(specs: Sequence[AnyQuantizeSpec]) -> Iterator[tuple[str, AnyQuantizeSpec]]:
@@ -135,6 +160,19 @@ def _named(specs: Sequence[AnyQuantizeSpec]) -> Iterator[tuple[str, AnyQuantizeS
             raise RecipeError(f"the recipe asks for {name} twice")
         others.append(spec)
         yield name if len(others) == 1 else f"{name}-{len(others)}", spec
+
+
+def _candidates(candidates: Sequence[str], taken: set[str]) -> Iterator[tuple[str, str]]:
+    """Each finished model, a local path from here on, with a name of its own: its file's or directory's."""
+    for candidate in candidates:
+        path = Path(candidate) if exists(Path(candidate)) else resolve(candidate)
+        stem = path.stem if path.is_file() else path.absolute().name
+        name, number = stem, 1
+        while name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        yield name, str(path)
 
 
 @dataclass(frozen=True)
@@ -198,10 +236,13 @@ def _check_inputs(job: Job, base: Path, trust_remote_code: bool) -> Skeleton | N
         text, pairs = evaluation_data(spec)
         read_documents(text)
         if pairs:
-            read_pairs(pairs)
+            read_prompts(pairs)
     specs = [task.spec for task in job.tasks if isinstance(task, (QuantizeTask, VerifyTask))]
     if not specs:
         return None
+    for task in job.tasks:  # finished models: headers only
+        if isinstance(task, VerifyTask) and task.reference and isinstance(task.source, str):
+            open_checkpoint(task.source)
     skeleton = build_skeleton(base, trust_remote_code=trust_remote_code)
     if job.report:
         architecture_of(skeleton.model_type)

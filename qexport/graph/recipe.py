@@ -15,6 +15,7 @@ from qexport.graph.foreign import Dialect, ModelRecipe, read_foreign
 from qexport.graph.keys import validated
 from qexport.graph.llamafactory import LLAMA_FACTORY
 from qexport.graph.swift import SWIFT
+from qexport.publishing.spec import PushRecipe
 from qexport.specs import (
     METHODS,
     SOLVERS,
@@ -40,11 +41,19 @@ class ExportRecipe(Spec):
     quantize: tuple[QuantizeSpec, ...] = Field(
         (), description="methods, each with its options; bits may be a list"
     )
-    verify: VerifySpec = Field(VerifySpec(), description="how to measure; max_loss is the gate")
+    candidates: tuple[str, ...] = Field(
+        (), description="finished models to measure too: directories, GGUF files or Hub ids"
+    )
+    push: PushRecipe | None = Field(
+        None, description="push the quantized variants to the Hub, when they pass the gate"
+    )
+    verify: VerifySpec = Field(
+        VerifySpec(), description="how to measure; max_loss, max_kl and min_bleu are the gate"
+    )
 
-    @field_validator("adapters", mode="before")
+    @field_validator("adapters", "candidates", mode="before")
     @classmethod
-    def _one_adapter(cls, value: Any) -> Any:
+    def _one_name(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @field_validator("quantize", mode="before")
@@ -86,6 +95,7 @@ AnyRecipe = ExportRecipe | ModelRecipe
 _PARTS: dict[str, type[BaseModel]] = {
     "merge": MergeSpec,
     "shard": ShardSpec,
+    "push": PushRecipe,
     "verify": VerifySpec,
     **SOLVERS,
 }

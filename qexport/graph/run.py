@@ -12,7 +12,7 @@ from qexport.graph.build import build, plan
 from qexport.graph.foreign import ModelRecipe
 from qexport.graph.recipe import AnyRecipe, ExportRecipe, read_recipe
 from qexport.graph.tasks import Context, Task
-from qexport.report.rows import Row, recipe_lines
+from qexport.report.content import Report
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,12 @@ class MadeModel:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export made: its models, the report's rows if it has a report, and which tasks ran."""
+    """What an export made: its models, its report if it has one, and which tasks ran."""
 
     output: Path
     title: str
     models: tuple[MadeModel, ...]
-    rows: tuple[Row, ...]
-    recipe_lines: tuple[str, ...]
+    report: Report | None
     ran: tuple[str, ...]
     skipped: tuple[str, ...]
 
@@ -71,24 +70,14 @@ def export(
         output=job.output,
         title=job.title,
         models=tuple(MadeModel(task.name, task.out, task.size_bytes()) for task in job.models),
-        rows=tuple(job.report.rows()) if job.report else (),
-        recipe_lines=tuple(recipe_lines(job.report.reference.scores())) if job.report else (),
+        report=job.report.report() if job.report else None,
         ran=tuple(ran),
         skipped=tuple(skipped),
     )
 
 
-def require_within_gate(result: ExportResult, recipe: AnyRecipe) -> None:
-    """Raises GateError that names every variant that loses more than the recipe's `verify.max_loss`."""
-    max_loss = recipe.verify.max_loss if isinstance(recipe, ExportRecipe) else None
-    if max_loss is None:
-        return
-    failing = [
-        f"{row.variant} ({100 * row.loss:+.2f} %)"
-        for row in result.rows
-        if row.loss is not None and not row.loss <= max_loss
-    ]
+def require_within_gate(report: Report) -> None:
+    """Raises GateError that names every variant that does not pass the gates of the recipe's `verify`."""
+    failing = [f"{row.variant} {failure}" for row in report.rows for failure in row.failures]
     if failing:
-        raise GateError(
-            f"too much perplexity is lost by {', '.join(failing)}", expected=f"at most {100 * max_loss:g} %"
-        )
+        raise GateError("; ".join(failing))

@@ -1,109 +1,169 @@
-"""One row a variant: what it costs and what it lost."""
+"""From scores to the rows of a report, and what sets them apart."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import Any
 
-from qexport.results import Evaluation, Perplexity
-from qexport.sizes import format_size
-from qexport.verification.perplexity import relative_difference
+from qexport import results
+from qexport.report.content import Comparison, Interval, Layers, Measure, Report, Row, Sample, TextScores
+from qexport.report.verdict import verdict
+from qexport.results import Difference, Evaluation
+from qexport.specs import VerifySpec
+from qexport.verification.divergence import divergence_difference
+from qexport.verification.gate import failures
+from qexport.verification.perplexity import log_difference, relative_difference
 from qexport.version import __version__
 
-MARK = "qexport"  # the key of report.json that tells whose it is
-COLUMNS = (
-    "variant",
-    "method",
-    "bits",
-    "bits a weight",
-    "size",
-    "perplexity",
-    "loss",
-    "BLEU",
-    "time",
-    "peak memory",
-)
+FULL = "full"
+_SURE = 1.96  # standard errors of a normal distribution that 95 % lie within
+_SAMPLES = 12
 
 
 @dataclass(frozen=True)
-class Row:
-    """A variant's figures. Sizes are bytes, times seconds, losses fractions; None was not measured."""
+class Variant:
+    """A model that was measured: how it was made, what that took, and what it lost.
 
-    variant: str
-    method: str
-    bits: int
-    bits_per_weight: float
-    size_bytes: int
-    perplexity: float
-    perplexity_se: float
-    loss: float | None
-    loss_se: float | None
-    bleu: float | None
-    seconds: float | None
-    peak_bytes: int | None
+    `settings` has method, solver, format and bits; `costs` seconds and peak_bytes where they are known;
+    `layer_errors` |W' - W| / |W| by name.
+    """
 
-    def cells(self) -> tuple[str, ...]:
-        """The row as text, in the order of COLUMNS."""
-        return (
-            self.variant,
-            self.method,
-            str(self.bits),
-            f"{self.bits_per_weight:.2f}",
-            format_size(self.size_bytes),
-            _number(self.perplexity) + _error(_number(self.perplexity_se)),
-            "" if self.loss is None else format_loss(self.loss, self.loss_se),
-            "" if self.bleu is None else f"{self.bleu:.1f}",
-            "" if self.seconds is None else f"{self.seconds:.1f} s",
-            "" if self.peak_bytes is None else format_size(self.peak_bytes),
-        )
+    name: str
+    path: str
+    settings: Mapping[str, Any]
+    scores: Evaluation
+    costs: Mapping[str, Any] = field(default_factory=dict)
+    layer_errors: Mapping[str, float] = field(default_factory=dict)
 
 
-def _error(text: str) -> str:
-    """A standard error behind its value; nothing where a single unit leaves it unknown."""
-    return "" if text == "nan" else f" ±{text}"
+def make_report(
+    title: str,
+    full: Variant,
+    variants: Sequence[Variant],
+    prompts: Sequence[tuple[str, str | None]],
+    gates: VerifySpec,
+) -> Report:
+    """The report of `variants` against `full`. `prompts` are those that were answered, with references."""
+    rows = [_row(full, None, gates), *(_row(variant, full, gates) for variant in variants)]
+    found = tuple(_comparisons(variants))
+    return Report(
+        qexport=__version__,
+        title=title,
+        verdict=verdict(rows, found),
+        rows=tuple(rows),
+        comparisons=found,
+        samples=_samples((full, *variants), prompts),
+        layers=_layers(variants),
+        recipes=_recipes((full, *variants)),
+        recipe_lines=tuple(recipe_lines(full.scores)),
+    )
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
-
-
-def format_perplexity(score: Perplexity) -> str:
-    """A perplexity with its standard error: 12.345 ±0.678."""
-    return _number(score.value) + _error(_number(score.standard_error))
-
-
-def format_loss(loss: float, standard_error: float | None) -> str:
-    """A rise of perplexity in per cent, with its standard error: +1.23% ±0.10."""
-    error = "" if standard_error is None else _error(f"{100 * standard_error:.2f}")
-    return f"{100 * loss:+.2f}%{error}" if abs(loss) < 10 else f"{100 * loss:+.3g}%"
-
-
-def make_row(
-    variant: str,
-    method: str,
-    bits: int,
-    scores: Evaluation,
-    *,
-    reference: Evaluation | None,
-    costs: Mapping[str, Any],
-) -> Row:
-    """The row of a variant from its scores, those of the reference (None for itself), and its costs."""
-    loss = relative_difference(reference.perplexity, scores.perplexity) if reference else None
+def _row(variant: Variant, full: Variant | None, gates: VerifySpec) -> Row:
+    scores = variant.scores
+    loss = relative_difference(full.scores.perplexity, scores.perplexity) if full else None
+    kl, answers = scores.divergence, scores.answers
     return Row(
-        variant=variant,
-        method=method,
-        bits=bits,
+        variant=variant.name,
+        path=variant.path,
+        method=variant.settings.get("method") or "none",
+        solver=variant.settings.get("solver"),
+        format=variant.settings.get("format"),
+        bits=variant.settings.get("bits") or round(scores.bits_per_weight),
         bits_per_weight=scores.bits_per_weight,
         size_bytes=scores.size_bytes,
-        perplexity=scores.perplexity.value,
-        perplexity_se=scores.perplexity.standard_error,
-        loss=loss.loss if loss else None,
-        loss_se=loss.standard_error if loss else None,
-        bleu=scores.bleu.value if scores.bleu else None,
-        seconds=costs.get("seconds"),
-        peak_bytes=costs.get("peak_bytes"),
+        seconds=variant.costs.get("seconds"),
+        peak_bytes=variant.costs.get("peak_bytes"),
+        perplexity=_measure(scores.perplexity.value, scores.perplexity.standard_error),
+        loss=_measure(loss.loss, loss.standard_error) if loss else None,
+        kl=_measure(kl.mean, kl.standard_error) if kl else None,
+        kl_p99=kl.percentile_99 if kl else None,
+        same_top=_measure(kl.same_top, kl.same_top_error) if kl else None,
+        text=_text(answers.references) if answers else None,
+        text_full=_text(answers.full) if answers else None,
+        tokens_per_second=dict(scores.speeds),
+        tasks={name: _measure(task.value, task.standard_error) for name, task in scores.tasks.items()},
+        failures=tuple(failures(scores, loss.loss, gates)) if loss else (),
     )
+
+
+def _measure(value: float, error: float) -> Measure:
+    return Measure(value=value, standard_error=None if math.isnan(error) else error)
+
+
+def _text(scores: results.TextScores | None) -> TextScores | None:
+    if scores is None:
+        return None
+    found = {name: getattr(scores, name) for name in ("bleu", "chrf", "rouge_l", "exact_match")}
+    return TextScores(**{name: Interval(**asdict(interval)) for name, interval in found.items()})
+
+
+def _comparisons(variants: Sequence[Variant]) -> Iterator[Comparison]:
+    """Each pair of variants, by perplexity and by divergence."""
+    for first, second in combinations(variants, 2):
+        a, b = first.scores, second.scores
+        yield _compared(first, second, "log perplexity", log_difference(a.perplexity, b.perplexity))
+        if a.divergence and b.divergence:
+            yield _compared(first, second, "kl", divergence_difference(a.divergence, b.divergence))
+
+
+def _compared(first: Variant, second: Variant, measure: str, found: Difference) -> Comparison:
+    known = not math.isnan(found.standard_error)
+    return Comparison(
+        first=first.name,
+        second=second.name,
+        measure=measure,
+        difference=found.loss,
+        standard_error=found.standard_error if known else None,
+        more_than_noise=known and abs(found.loss) > _SURE * found.standard_error,
+    )
+
+
+def _samples(variants: Sequence[Variant], prompts: Sequence[tuple[str, str | None]]) -> tuple[Sample, ...]:
+    answered = [variant for variant in variants if variant.scores.answers]
+    return tuple(
+        Sample(
+            prompt=prompt,
+            reference=reference,
+            answers={
+                variant.name: variant.scores.answers.texts[number]
+                for variant in answered
+                if variant.scores.answers
+            },
+        )
+        for number, (prompt, reference) in enumerate(prompts[:_SAMPLES])
+        if answered
+    )
+
+
+def _layers(variants: Sequence[Variant]) -> Layers:
+    names = tuple(dict.fromkeys(name for variant in variants for name in variant.layer_errors))
+    return Layers(
+        names=names,
+        errors={
+            variant.name: tuple(variant.layer_errors.get(name) for name in names)
+            for variant in variants
+            if variant.layer_errors
+        },
+    )
+
+
+def _recipes(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+    """Of each measure the recipe of the first variant that has it: all share it."""
+    found: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        scores = variant.scores
+        found.setdefault("perplexity", dict(scores.perplexity.recipe))
+        if scores.divergence:
+            found.setdefault("kl", dict(scores.divergence.recipe))
+        if scores.answers:
+            told = scores.answers.references or scores.answers.full
+            signatures = {"signatures": dict(told.signatures)} if told else {}
+            found.setdefault("answers", {**scores.answers.recipe, **signatures})
+    return found
 
 
 def recipe_lines(scores: Evaluation) -> list[str]:
@@ -113,37 +173,11 @@ def recipe_lines(scores: Evaluation) -> list[str]:
         f"perplexity: {scores.perplexity.tokens} tokens of {text['documents']} documents, window "
         f"{text['window']}, stride {text['stride']}, {text['dtype']}, data blake3 {text['data'][:12]}"
     ]
-    if scores.bleu:
-        pairs = scores.bleu.recipe
+    if scores.answers:
+        told, found = scores.answers.recipe, scores.answers.references
+        signature = f"{found.signatures['bleu']}, " if found else ""
         lines.append(
-            f"BLEU: {pairs['pairs']} pairs, greedy, at most {pairs['max_new_tokens']} tokens, "
-            f"{scores.bleu.signature}, data blake3 {pairs['data'][:12]}"
+            f"answers: {told['pairs']} prompts, greedy, at most {told['max_new_tokens']} tokens, "
+            f"{signature}data blake3 {told['data'][:12]}"
         )
     return lines
-
-
-def report_json(title: str, rows: Sequence[Row], reference: Evaluation) -> dict[str, Any]:
-    """The content of report.json."""
-    return {
-        MARK: __version__,
-        "title": title,
-        "rows": [asdict(row) for row in rows],
-        "perplexity_recipe": dict(reference.perplexity.recipe),
-        "bleu_recipe": dict(reference.bleu.recipe) if reference.bleu else None,
-        "bleu_signature": reference.bleu.signature if reference.bleu else None,
-    }
-
-
-def table_markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * len(COLUMNS)}"]
-    return "\n".join([*lines, *(f"| {' | '.join(row.cells())} |" for row in rows)])
-
-
-def report_markdown(title: str, rows: Sequence[Row], reference: Evaluation) -> str:
-    """The content of report.md."""
-    recipes = "\n".join(f"- {line}" for line in recipe_lines(reference))
-    return (
-        f"# {title}\n\n{table_markdown(rows)}\n\n"
-        f"Loss is the rise of perplexity over the first row, ± the paired standard error.\n\n{recipes}\n"
-    )

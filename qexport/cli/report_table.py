@@ -1,0 +1,35 @@
+"""A report on the terminal: what the commands that make one share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qexport.cli.output import Output
+
+if TYPE_CHECKING:
+    from qexport.report.content import Report
+
+
+def show_report(report: Report, out: Output, data: dict[str, Any], directory: Path) -> None:
+    """The table, and on stderr the verdict, what it was measured on, and where the files lie."""
+    from qexport.report.files import PAGE_FILE
+    from qexport.report.tables import table
+
+    columns, rows = table(report.rows, short=True)
+    out.table(report.title, columns, rows, data)
+    page = directory / PAGE_FILE
+    for line in (
+        report.verdict,
+        *report.recipe_lines,
+        f"report: {page if page.is_file() else directory / 'report.md'}",
+    ):
+        out.note(line)
+
+
+def write_junit(report: Report, file: Path) -> None:
+    """The gates as JUnit XML. Raises StorageError."""
+    from qexport.checkpoint.staging import write_file_atomically
+    from qexport.report.junit import junit
+
+    write_file_atomically(file, junit(report))

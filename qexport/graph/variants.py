@@ -1,0 +1,115 @@
+"""Methods times bits: the variants that a comparison asks for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from qexport.errors import SpecError
+from qexport.methods import method_of
+from qexport.specs import METHODS, SOLVERS, AnyQuantizeSpec, Bits, spec_of
+
+_GGUF = "gguf"
+
+
+def variant_specs(
+    methods: Sequence[str],
+    bits: Sequence[str],
+    types: Sequence[str],
+    solvers: Sequence[str],
+    options: Mapping[str, Any],
+    note: Callable[[str], None],
+) -> tuple[AnyQuantizeSpec, ...]:
+    """A spec for each method with each solver at each width, or of GGUF at each type.
+
+    An option goes to those that have it. A width that a method's format has not is left out, and a note says
+    so. Raises SpecError for a name or a width that is none, an option that no method takes, and a method
+    that is left with no width.
+    """
+    for name in methods:
+        _known("method", name, METHODS)
+    for name in solvers:
+        _known("solver", name, SOLVERS)
+    widths: list[int | None] = [_width(text) for text in bits]
+    if types and _GGUF not in methods:
+        raise SpecError("--type is for gguf alone", expected="gguf in --method")
+    found: list[AnyQuantizeSpec] = []
+    taken: set[str] = set()
+    for method in dict.fromkeys(methods):
+        made = [
+            spec
+            for solver in dict.fromkeys(solvers or (None,))
+            for asked in _asked(method, widths or [None], types)
+            if (spec := _spec(method, solver, asked, options, taken, note))
+        ]
+        if not made:
+            raise SpecError(
+                f"--method {method} has none of --bits {','.join(bits)}"
+                if not solvers
+                else f"--method {method} with --solver {','.join(solvers)} cannot be",
+                remedy="leave it out, or give other --bits",
+            )
+        found += [spec for spec in made if spec not in found]
+    unused = [name for name in options if name not in taken]
+    if unused and methods:
+        raise SpecError(f"--{unused[0].replace('_', '-')} is no option of {', '.join(methods)}")
+    if unused or ((bits or solvers) and not methods):
+        name = unused[0].replace("_", "-") if unused else "bits" if bits else "solver"
+        raise SpecError(f"--{name} without --method")
+    return tuple(found)
+
+
+def _known(what: str, name: str, known: Mapping[Any, Any]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        raise SpecError(
+            f"there is no {what} {name!r}",
+            expected=", ".join(known),
+            remedy=f"did you mean {near[0]}?" if near else "",
+        )
+
+
+def _width(text: str) -> int:
+    known = [str(width) for width in Bits.__args__]  # type: ignore[attr-defined]
+    if text not in known:
+        raise SpecError(f"--bits {text}", expected=f"some of {','.join(known)}")
+    return int(text)
+
+
+def _asked(method: str, widths: Sequence[int | None], types: Sequence[str]) -> list[dict[str, Any]]:
+    if method == _GGUF and types:
+        return [{"type": kind} for kind in types]
+    return [{} if width is None else {"bits": width} for width in widths]
+
+
+def _spec(
+    method: str,
+    solver: str | None,
+    asked: Mapping[str, Any],
+    options: Mapping[str, Any],
+    taken: set[str],
+    note: Callable[[str], None],
+) -> AnyQuantizeSpec | None:
+    """The spec, with those of the options that it has; None for what the method has not."""
+    called = " ".join([method, *(f"{value}" for value in (solver,) if value)])
+    try:
+        bare = spec_of(method, solver=solver, **asked)
+        own = {name: value for name, value in options.items() if name in type(bare).model_fields}
+        if method == _GGUF:
+            own = {name: value for name, value in own.items() if name not in ("group_size", "symmetric")}
+        spec = spec_of(method, solver=solver, **asked, **own)
+        if method != _GGUF:
+            method_of(spec, {})
+    except SpecError as error:
+        if asked.get("bits") is None:
+            raise
+        note(f"note: {called} is not made with {asked['bits']} bits: no {error.found}")
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise SpecError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from error
+    taken.update(own)
+    return spec

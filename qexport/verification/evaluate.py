@@ -1,0 +1,291 @@
+"""One model's scores, from the bytes that were written: perplexity, divergence, answers."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qexport.calibrate.texts import read_documents
+from qexport.calibrate.windows import ScoredWindow, opening_token, scored_windows
+from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.checkpoint.embedded import is_embedded
+from qexport.checkpoint.hashing import file_hash
+from qexport.checkpoint.manifest import Recipe, fingerprint, installed_versions
+from qexport.errors import CalibrationError
+from qexport.events import Noted, OnEvent, ignore
+from qexport.formats.opening import open_checkpoint
+from qexport.modeling.architectures import architecture_of
+from qexport.modeling.blocks import BlockStream
+from qexport.modeling.generation import end_tokens
+from qexport.modeling.skeleton import Skeleton, build_skeleton
+from qexport.modeling.tokenizer import load_tokenizer, require_known_ids
+from qexport.modeling.whole import load_whole
+from qexport.packaged import heldout_pairs, heldout_text
+from qexport.results import Answers, Divergence, Evaluation, Perplexity
+from qexport.specs import VerifySpec
+from qexport.verification.answers import greedy_answers
+from qexport.verification.divergence import DivergenceSums
+from qexport.verification.integrity import check_integrity
+from qexport.verification.kept_logits import (
+    KeptLogits,
+    KeptLogitsWriter,
+    hash_of_tokens,
+    open_logits,
+    plan_logits,
+)
+from qexport.verification.perplexity import summarize
+from qexport.verification.prompts import Prompt, read_prompts
+from qexport.verification.scored_logits import scored_logits
+from qexport.verification.text_scores import score_texts
+from qexport.verification.units import Units
+
+_FEW_TOKENS = 2000  # below it a loss of one per cent drowns in the spread of the text
+
+
+def evaluate_recipe(model: Path, spec: VerifySpec) -> Recipe:
+    """What determines a model's scores; texts count by their content, the gate not at all."""
+    inputs = {"model": fingerprint(model)}
+    text, pairs = evaluation_data(spec)
+    inputs["text"] = file_hash(text)
+    if pairs:
+        inputs["pairs"] = file_hash(pairs)
+    options = spec.model_dump(exclude={"text", "pairs", *VerifySpec.GATES})
+    return Recipe("evaluate", options, inputs, ("torch", "transformers", "sacrebleu"))
+
+
+def evaluation_data(spec: VerifySpec) -> tuple[Path, Path | None]:
+    """Held-out text, and prompts: the packaged ones go with the packaged text only."""
+    text = Path(spec.text) if spec.text else heldout_text()
+    pairs = Path(spec.pairs) if spec.pairs else None if spec.text else heldout_pairs()
+    for path in (text, pairs):
+        if path and not path.is_file():
+            raise CalibrationError(f"{path} does not exist", expected="a file of text or prompts")
+    return text, pairs
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a candidate is held against: the full model's scores, and its logits where they are kept."""
+
+    scores: Evaluation
+    logits: Path
+    trust_remote_code: bool = False  # for computing the logits anew
+
+
+def evaluate(
+    model: str | Path,
+    spec: VerifySpec | None = None,
+    *,
+    reference: Reference | None = None,
+    keep_logits: Path | None = None,
+    trust_remote_code: bool = False,
+    on_event: OnEvent = ignore,
+) -> Evaluation:
+    """Checks a model's files and measures its perplexity and, where there are prompts, its answers.
+
+    Held against a `reference` it gets a divergence too, and its answers are compared with the reference's.
+    With `keep_logits` the model's own logits are kept in that file, for others to be held against. Weights
+    are decoded from the written bytes by qexport itself, and computed with in fp32: one pass.
+    Raises InputError for what cannot be read, VerificationError for a model that is not whole,
+    CalibrationError where reference and model cut the text into other tokens.
+    """
+    ready = prepare(model, spec or VerifySpec(), trust_remote_code, on_event)
+    if reference is None:
+        note_little_text(ready, on_event)
+    return score(ready, reference, keep_logits, on_event)
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model that was found whole, and the data that it will be scored on."""
+
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    tokenizer: Any
+    tensors_checked: int
+    windows: list[ScoredWindow]
+    recipe: dict[str, Any]
+    prompts_file: Path | None
+    prompts: tuple[Prompt, ...]
+    spec: VerifySpec
+
+
+def prepare(model: str | Path, spec: VerifySpec, trust_remote_code: bool, on_event: OnEvent) -> Ready:
+    """Everything that can be refused, before anything is scored."""
+    text, prompts_file = evaluation_data(spec)
+    documents = read_documents(text)[: spec.max_documents]
+    prompts = read_prompts(prompts_file)[: spec.max_pairs] if prompts_file else ()
+    if spec.min_bleu is not None and all(prompt.reference is None for prompt in prompts):
+        raise CalibrationError(
+            f"--min-bleu, and {prompts_file or 'no prompts'} without references",
+            expected="--pairs FILE with a reference for each prompt",
+        )
+    checkpoint = open_checkpoint(model)
+    path = checkpoint.path
+    skeleton = build_skeleton(path, trust_remote_code=trust_remote_code)
+    architecture_of(skeleton.model_type)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    checked = check_integrity(checkpoint, skeleton, on_event)
+
+    length = skeleton.length(spec.window)
+    # a scored token needs one before it in its window
+    stride = min(spec.stride or max(length // 2, 1), length - 1)
+    windows = scored_windows(documents, tokenizer, length=length, stride=stride)
+    require_known_ids(max(max(window.tokens) for window in windows), skeleton, path)
+    recipe = {
+        "text": text.name,
+        "data": file_hash(text),
+        "tokens": hash_of_tokens(windows)[:16],
+        "documents": len(documents),
+        "window": length,
+        "stride": stride,
+        "bos": opening_token(tokenizer) is not None,
+        "dtype": "float32",
+        "versions": installed_versions(),
+    }
+    return Ready(checkpoint, skeleton, tokenizer, checked, windows, recipe, prompts_file, prompts, spec)
+
+
+def note_little_text(ready: Ready, on_event: OnEvent) -> None:
+    """Says what makes the scores tell little."""
+    if not ready.spec.text and not is_embedded(ready.checkpoint.path):
+        on_event(Noted("scoring on the package's own little text; name one of your model's kind: --text"))
+    scored = sum(window.scored for window in ready.windows)
+    if scored < _FEW_TOKENS:
+        told = f"only {scored} tokens are scored: a loss of some per cent does not show below {_FEW_TOKENS}"
+        on_event(Noted(told))
+
+
+def score(
+    ready: Ready, reference: Reference | None, keep_logits: Path | None, on_event: OnEvent
+) -> Evaluation:
+    """The scores of a model that is `Ready`. Raises as `evaluate`."""
+    checkpoint = ready.checkpoint
+    if reference:
+        require_same_tokens(ready, reference.scores)
+    found, divergence = _over_text(ready, reference, keep_logits, on_event)
+    answers = _answers(ready, reference, on_event) if ready.prompts_file else None
+    parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
+    size = checkpoint.weights_size
+    bits = round(8 * size / parameters, 4)
+    return Evaluation(str(checkpoint.path), size, bits, ready.tensors_checked, found, divergence, answers)
+
+
+def _over_text(
+    ready: Ready, reference: Reference | None, keep_logits: Path | None, on_event: OnEvent
+) -> tuple[Perplexity, Divergence | None]:
+    """One pass over the windows."""
+    windows = ready.windows
+    units = Units(windows)
+    nll = [0.0] * len(windows)
+    sums = DivergenceSums(len(windows))
+    against = _opened(ready, reference, on_event) if reference else None
+    with contextlib.ExitStack() as stack:
+        writer: KeptLogitsWriter | None = None
+        for n, tokens, logits in scored_logits(
+            BlockStream(ready.skeleton, ready.checkpoint), windows, on_event
+        ):
+            losses = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
+            nll[n] = float(losses.double().sum())
+            if against:
+                sums.add(n, *against.divergence(n, logits))
+            if keep_logits:
+                if writer is None:  # now the size of the vocabulary is known
+                    key = evaluate_recipe(ready.checkpoint.path, ready.spec).key
+                    layout = plan_logits(key, windows, logits.shape[1], ready.spec.max_logits_size)
+                    writer = stack.enter_context(KeptLogitsWriter(keep_logits, layout))
+                writer.add(n, logits)
+    perplexity = summarize(units.sums(nll), units.tokens, ready.recipe)
+    if against is None:
+        return perplexity, None
+    kept = against.layout
+    recipe = {**ready.recipe, "kept_logits": kept.kept, "vocabulary": kept.vocabulary}
+    return perplexity, sums.summarize(units, recipe)
+
+
+def _opened(ready: Ready, reference: Reference, on_event: OnEvent) -> KeptLogits:
+    """The reference's logits; computed anew where they are not there, or not those."""
+    path = Path(reference.scores.model)
+    key = evaluate_recipe(path, ready.spec).key
+    found = open_logits(reference.logits, key)
+    if found is None:
+        spec = ready.spec.model_copy(update={"pairs": None, "text": str(evaluation_data(ready.spec)[0])})
+        whole = replace(prepare(path, spec, reference.trust_remote_code, on_event), spec=ready.spec)
+        _over_text(whole, None, reference.logits, on_event)
+        found = open_logits(reference.logits, key)
+    assert found is not None  # noqa: S101 - just written
+    return found
+
+
+def require_same_tokens(ready: Ready, reference: Evaluation) -> None:
+    """Raises CalibrationError, with the first difference, where a model cuts the text otherwise."""
+    path, theirs = ready.checkpoint.path, reference.perplexity.recipe
+    if theirs.get("tokens") == ready.recipe["tokens"]:
+        return
+    told = ""
+    if Path(reference.model).is_dir():
+        text, _ = evaluation_data(ready.spec)
+        documents = read_documents(text)[: ready.spec.max_documents]
+        told = _first_difference(documents, ready.tokenizer, load_tokenizer(Path(reference.model)))
+    raise CalibrationError(
+        f"{path} and its reference {reference.model} cut the text into different tokens{told}",
+        expected="the same tokenizer beside both",
+    )
+
+
+def _first_difference(documents: list[str], ours: Any, theirs: Any) -> str:
+    for document in documents:
+        a, b = (list(tokenizer(document).input_ids) for tokenizer in (ours, theirs))
+        if a != b:
+            at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+            here, there = (
+                repr(tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end"
+                for tokenizer, ids in ((ours, a), (theirs, b))
+            )
+            return f": after {at} tokens {here}, there {there}"
+    return f" ({len(ours)} and {len(theirs)} of them are known)" if len(ours) != len(theirs) else ""
+
+
+def _answers(ready: Ready, reference: Reference | None, on_event: OnEvent) -> Answers:
+    references = [prompt.reference for prompt in ready.prompts]
+    known = [text for text in references if text is not None]
+    one_line = bool(known) and not any("\n" in text.strip() for text in known)
+    answered = greedy_answers(
+        load_whole(ready.skeleton, ready.checkpoint, torch.float32),
+        ready.tokenizer,
+        ready.prompts,
+        max_new_tokens=ready.spec.max_new_tokens,
+        batch_size=ready.spec.batch_size,
+        one_line=one_line,
+        ends=end_tokens(ready.checkpoint.path, ready.checkpoint.config, ready.tokenizer),
+        on_event=on_event,
+    )
+    recipe = {
+        "text": ready.prompts_file.name if ready.prompts_file else "",
+        "data": file_hash(ready.prompts_file) if ready.prompts_file else "",
+        "pairs": len(ready.prompts),
+        "with_reference": len(known),
+        "decoding": "greedy",
+        "max_new_tokens": ready.spec.max_new_tokens,
+        "chat_template": bool(ready.tokenizer.chat_template),
+        "one_line": one_line,
+        "dtype": "float32",
+        "bootstrap": "95 %, over the prompts",
+        "versions": installed_versions(),
+    }
+    with_reference = [
+        (answer, text) for answer, text in zip(answered.texts, references, strict=True) if text is not None
+    ]
+    full = reference.scores.answers if reference else None
+    return Answers(
+        texts=tuple(answered.texts),
+        tokens=sum(answered.tokens),
+        seconds=answered.seconds,
+        references=score_texts(*map(list, zip(*with_reference, strict=True))) if with_reference else None,
+        full=score_texts(list(answered.texts), list(full.texts)) if full else None,
+        recipe=recipe,
+    )
