@@ -129,8 +129,8 @@ class Perplexity:
 class Divergence:
     """KL(full precision || candidate) a token, nats: mean, standard error, 99th percentile over tokens.
 
-    `same_top` is the share of tokens with the same most likely one. `unit_sums` and `unit_tokens` are the sums
-    of each independent unit, as in `Perplexity`.
+    `same_top` is the share of tokens with the same most likely one. `unit_sums` and `unit_tokens` are the
+    sums of each independent unit, as in `Perplexity`.
     """
 
     mean: float
@@ -166,7 +166,7 @@ class TextScores:
 
 @dataclass(frozen=True)
 class Answers:
-    """A model's greedy answers: `tokens` in `seconds`; against the references and the full model's answers."""
+    """A model's greedy answers, `tokens` in `seconds`; against the references and the full model's."""
 
     texts: tuple[str, ...]
     tokens: int
@@ -201,6 +201,7 @@ class Evaluation:
     answers: Answers | None
     speeds: Mapping[str, float] = field(default_factory=dict)
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
+    task_recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -355,11 +355,15 @@ class VerifySpec(Spec):
 
     GATES: ClassVar[tuple[str, ...]] = ("max_loss", "max_kl", "min_bleu")
 
-    text: str | None = Field(None, description="held-out text for perplexity; default: the package's own")
+    text: str | None = Field(
+        None,
+        description="held-out text for perplexity, a file or hf:OWNER/NAME[/CONFIG][:SPLIT] of the Hub's "
+        "datasets; default: the package's own",
+    )
     pairs: str | None = Field(
         None,
-        description="prompts with references, to compare answers: JSON lines of prompt and reference, Alpaca, "
-        "ShareGPT or translation pairs; default: the package's own, with its own text only",
+        description="prompts with references, to compare answers: JSON lines of prompt and reference, "
+        "Alpaca, ShareGPT or translation pairs; default: the package's own, with its own text only",
     )
     window: int = Field(512, ge=2, description="tokens the model sees at once, at most")
     stride: int | None = Field(None, ge=1, description="new tokens scored a window; default: half the window")
@@ -367,6 +371,15 @@ class VerifySpec(Spec):
     max_pairs: int | None = Field(None, ge=1, description="use the first pairs only")
     max_new_tokens: int = Field(96, ge=1, description="longest generated answer, in tokens")
     batch_size: int = Field(32, ge=1, description="prompts generated at once")
+    tasks: _List = Field(
+        (),
+        description="lm-evaluation-harness tasks too, by name, or YAML files of your own; needs "
+        "pip install 'qexport[tasks]'",
+    )
+    task_limit: int | None = Field(None, ge=1, description="use the first documents of each task only")
+    speed: bool = Field(
+        False, description="measure generated tokens a second in the runtime that reads the file, on the CPU"
+    )
     max_logits_size: Size = Field(
         2_000_000_000,
         description="disk for the full-precision model's logits; past it, a token's likeliest only are kept",

@@ -14,10 +14,10 @@ from qexport.calibrate.texts import read_documents
 from qexport.calibrate.windows import ScoredWindow, scored_windows
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.specs import VerifySpec, spec_of
+from qexport.verification.evaluate import evaluate
 from qexport.verification.runtimes.check import read_logits
 from qexport.verification.runtimes.drivers.driver import Job
 from qexport.verification.runtimes.process import run_jobs
-from qexport.verification.evaluate import evaluate
 from tests.conftest import shared
 
 pytest.importorskip("gguf")

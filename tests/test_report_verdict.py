@@ -100,6 +100,15 @@ def test_no_tie_is_claimed_where_the_error_is_unknown() -> None:
     assert "how much of it is noise is not known" in told
 
 
+def test_what_is_better_than_full_precision_is_another_model() -> None:
+    told = verdict((FULL, row("other", 290, -0.6, 0.02), row("q4", 290, 0.02, 0.001)), ())
+    assert told.startswith("other scores better than the full model (other: perplexity -60 % ±4)")
+    assert "q4 keeps 98.0 %" in told
+    assert "keeps 2" not in told
+    luck = verdict((FULL, row("q8", 530, -0.002, 0.0005)), ())  # quantization's own
+    assert "made of another one" not in luck
+
+
 def test_wide_error_bars_are_no_praise() -> None:
     told = verdict((FULL, row("q4", 290, 0.02, 0.1)), ())
     assert "tie" not in told

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ START = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "os.execv(sys.executable, [sys.executable, '-m', 'qexport', *sys.argv[1:]])"
 )
+MANY = 10_000  # tensors that take long enough to be stopped between
 INTERRUPTED = "error: interrupted; nothing unfinished was left behind\n"
 
 
@@ -42,7 +45,7 @@ def small(directory: Path, tensors: dict[str, torch.Tensor] | None = None) -> Pa
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of so many tensors that writing it takes a while."""
-    tensors = {f"t{n}": torch.full((16,), float(n)) for n in range(20_000)}
+    tensors = {f"t{n}": torch.full((16,), float(n)) for n in range(MANY)}
     return small(tmp_path_factory.mktemp("slow") / "model", tensors)
 
 
@@ -59,15 +62,20 @@ def hidden(directory: Path) -> list[str]:
     return sorted(file.name for file in directory.iterdir() if file.name.startswith("."))
 
 
-def run(*arguments: str | Path, launcher: str = START, timeout: float = 60) -> tuple[int, str, str]:
-    ran = subprocess.run(
-        [sys.executable, "-c", launcher, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    return ran.returncode, ran.stdout, ran.stderr
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """What takes longer fails."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def told_in_one_line(result: tuple[int, str, str]) -> str:
@@ -174,7 +182,7 @@ def test_two_runs_into_one_output(slow: Path, tmp_path: Path, overwrite: bool) -
     result = midway.end()
     if overwrite:
         assert result == (0, "", "")
-        assert len(load_file(out / "model.safetensors")) == 20_000
+        assert len(load_file(out / "model.safetensors")) == MANY
     else:
         assert "is there already" in told_in_one_line(result)
         assert content(out) == first
@@ -352,25 +360,30 @@ def test_directories_of_other_people_are_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / ".out.qexport-old-2024" / "thesis.txt").read_text() == "years of work"
 
 
-def limited(size: int) -> str:
-    """The command line as a process that can make no file larger than `size` bytes, as on a full disk."""
-    return (
-        f"import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
-        "os.execv(sys.executable, [sys.executable, '-m', 'qexport', *sys.argv[1:]])"
-    )
+@contextmanager
+def limited(size: int) -> Iterator[None]:
+    """No file can become larger than `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("full_at", ["weights", "small files"])
-def test_no_space_left(tmp_path: Path, full_at: str) -> None:
+def test_no_space_left(tmp_path: Path, cli: RunCli, full_at: str) -> None:
     model, out = small(tmp_path / "model", {"a": torch.zeros(40_000)}), tmp_path / "out"
     (model / "tokenizer.json").write_bytes(bytes(400_000))
     limit = 100_000 if full_at == "weights" else 300_000
-    err = told_in_one_line(run("shard", model, "-o", out, launcher=limited(limit)))
+    with limited(limit):
+        err = told_in_one_line(cli("shard", model, "-o", out))
     assert err.startswith(f"error: no space left while writing {out}; nothing was written under that name")
     assert list(tmp_path.iterdir()) == [model]
     small(out, {"old": torch.ones(1)})
     before = content(out)
-    assert told_in_one_line(run("shard", model, "-o", out, "--overwrite", launcher=limited(limit))) == err
+    with limited(limit):
+        assert told_in_one_line(cli("shard", model, "-o", out, "--overwrite")) == err
     assert content(out) == before
     assert hidden(tmp_path) == []
 
@@ -428,7 +441,7 @@ def test_no_permission(tmp_path: Path, cli: RunCli) -> None:
     assert list(place.iterdir()) == []
 
 
-def test_what_can_be_told_at_once_is_told_before_the_weights_are_read(tmp_path: Path) -> None:
+def test_what_can_be_told_at_once_is_told_before_the_weights_are_read(tmp_path: Path, cli: RunCli) -> None:
     """Hashing terabytes only to say that they do not fit, or that the output is there, takes hours."""
     size = shutil.disk_usage(tmp_path).free + 2 * 10**12
     model, out = small(tmp_path / "model"), tmp_path / "out"
@@ -440,10 +453,12 @@ def test_what_can_be_told_at_once_is_told_before_the_weights_are_read(tmp_path: 
         except OSError as error:
             pytest.skip(f"no file with holes of that size can be made here: {error}")
     try:
-        err = told_in_one_line(run("shard", model, "-o", out, timeout=20))
+        with within(20):
+            err = told_in_one_line(cli("shard", model, "-o", out))
         assert f"{out} needs" in err
         small(out)
-        assert "is there already" in told_in_one_line(run("shard", model, "-o", out, timeout=20))
+        with within(20):
+            assert "is there already" in told_in_one_line(cli("shard", model, "-o", out))
     finally:
         (model / "model.safetensors").unlink()  # pytest keeps directories; what copies them may fill holes
     assert hidden(tmp_path) == []

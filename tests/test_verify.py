@@ -26,11 +26,12 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 @pytest.mark.parametrize(("window", "stride"), [(128, 64), (32, 16), (32, 5), (32, 32), (32, 90)])
 def test_perplexity_is_that_of_transformers(llama: Path, text: Path, window: int, stride: int) -> None:
-    found = qexport.evaluate(llama, VerifySpec(text=str(text), window=window, stride=stride)).perplexity
+    spec = VerifySpec(text=str(text), window=window, stride=stride, max_documents=12)
+    found = qexport.evaluate(llama, spec).perplexity
     model = in_transformers(llama, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(llama)
     total, count = 0.0, 0
-    for document in read_documents(text):  # one token at a time over the same context rule, unbatched
+    for document in read_documents(text)[:12]:  # one token at a time over the same context rule, unbatched
         ids = tokenizer(document).input_ids[1:]
         done, room, step = 0, window - 1, min(stride, window - 1)
         while done < len(ids):

@@ -13,6 +13,7 @@ from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.staging import require_space
 from qexport.errors import OutputExistsError, RecipeError
 from qexport.events import Event, Noted, OnEvent, ignore
+from qexport.formats.gguf.text_model import text_and_skeleton
 from qexport.formats.opening import open_checkpoint
 from qexport.graph.foreign import ModelRecipe, merged_beside
 from qexport.graph.recipe import AnyRecipe, ExportRecipe
@@ -28,7 +29,7 @@ from qexport.graph.tasks import (
 from qexport.merging.adapter import split_weight
 from qexport.merging.plan import plan_merge
 from qexport.modeling.architectures import architecture_of
-from qexport.modeling.skeleton import Skeleton, build_skeleton
+from qexport.modeling.skeleton import Skeleton
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.publishing.spec import PushRecipe
 from qexport.quantization.quantize import planned_size
@@ -243,7 +244,7 @@ def _check_inputs(job: Job, base: Path, trust_remote_code: bool) -> Skeleton | N
     for task in job.tasks:  # finished models: headers only
         if isinstance(task, VerifyTask) and task.reference and isinstance(task.source, str):
             open_checkpoint(task.source)
-    skeleton = build_skeleton(base, trust_remote_code=trust_remote_code)
+    _, skeleton = text_and_skeleton(open_checkpoint(base), trust_remote_code=trust_remote_code)
     if job.report:
         architecture_of(skeleton.model_type)
     if job.report or any(isinstance(spec, CalibrationSpec) for spec in specs):

@@ -40,6 +40,12 @@ def number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.4g}"
 
 
+def decimals(value: float, least: int) -> int:
+    """So many that two digits of a small number show, `least` of them at least."""
+    size = abs(value)
+    return least if size == 0 else min(max(least, 1 - math.floor(math.log10(size))), 9)
+
+
 def _signed(text: str) -> str:
     return text.replace("-", "−")
 
@@ -49,6 +55,7 @@ def _measure(measure: Measure | None, factor: float, digits: int, *, sign: bool 
     if measure is None or not math.isfinite(measure.value):
         return _NONE
     value = factor * measure.value
+    digits = decimals(value, digits) if digits > 3 else digits
     shown = f"{value:{'+' if sign else ''},.{digits if abs(value) < 1000 else 0}f}"
     error = measure.standard_error
     extra = "" if error is None else f"±{Z * factor * error:,.{digits}f}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qexport.report.axes import Z
+from qexport.report.columns import decimals
 from qexport.report.content import Comparison, Layers
 from qexport.report.palette import LEVELS
 
@@ -155,8 +156,9 @@ def _pair_cell(pair: Comparison, sign: int) -> PairCell:
         noise = "" if error is None else f", ±{100 * error:.1f}"
         what = "perplexity"
     else:
-        text = f"{difference:+.4f}"
-        noise = "" if error is None else f", ±{error:.4f}"
+        digits = decimals(difference, 4)
+        text = f"{difference:+.{digits}f}"
+        noise = "" if error is None else f", ±{error:.{digits}f}"
         what = "KL divergence" if pair.measure == "kl" else pair.measure
     text = text.replace("-", "−")
     unit = " nats a token" if pair.measure == "kl" else ""

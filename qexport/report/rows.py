@@ -159,6 +159,8 @@ def _recipes(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
         found.setdefault("perplexity", dict(scores.perplexity.recipe))
         if scores.divergence:
             found.setdefault("kl", dict(scores.divergence.recipe))
+        if scores.tasks:
+            found.setdefault("tasks", dict(scores.task_recipe))
         if scores.answers:
             told = scores.answers.references or scores.answers.full
             signatures = {"signatures": dict(told.signatures)} if told else {}

@@ -27,7 +27,12 @@ def verdict(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> str:
     lossy = [row for row in rows if not is_full(row) and row.loss is not None]
     if not lossy:
         return "Nothing was compared with the full-precision model."
-    told = [
+    strangers = [row for row in lossy if _is_stranger(row)]
+    lossy = [row for row in lossy if row not in strangers]
+    told = _told_strangers(strangers)
+    if not lossy:
+        return " ".join([*told, *_gates(strangers)])
+    told += [
         *_ties(lossy, full),
         *_bargain(lossy, full, comparisons),
         *_breaks(lossy),
@@ -72,6 +77,23 @@ def rise(row: Row) -> str:
     digits = 0 if abs(loss) >= 0.2 else 1 if abs(loss) >= 0.002 or loss == 0 else 2
     error = "" if noise is None else f" ±{100 * noise:.{digits}f}"
     return f"{100 * loss:+.{digits}f} %{error}"
+
+
+def _is_stranger(row: Row) -> bool:
+    """Whether it is better than the full model, by more than noise and by more than quantization ever does."""
+    noise = _noise(row)
+    return noise is not None and _loss(row) < -max(noise, SMALL)
+
+
+def _told_strangers(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    best = min(rows, key=_loss)
+    verb = "scores" if len(rows) == 1 else "score"
+    return [
+        f"{_listed([row.variant for row in rows])} {verb} better than the full model "
+        f"({best.variant}: perplexity {rise(best)}): made of another one, and nothing to compare with it."
+    ]
 
 
 def _ties(rows: Sequence[Row], full: Row | None) -> list[str]:

@@ -17,17 +17,19 @@ from qexport.checkpoint.hashing import file_hash
 from qexport.checkpoint.manifest import Recipe, fingerprint, installed_versions
 from qexport.errors import CalibrationError
 from qexport.events import Noted, OnEvent, ignore
+from qexport.formats.gguf.text_model import text_and_skeleton
 from qexport.formats.opening import open_checkpoint
 from qexport.modeling.architectures import architecture_of
 from qexport.modeling.blocks import BlockStream
 from qexport.modeling.generation import end_tokens
-from qexport.modeling.skeleton import Skeleton, build_skeleton
+from qexport.modeling.skeleton import Skeleton
 from qexport.modeling.tokenizer import load_tokenizer, require_known_ids
 from qexport.modeling.whole import load_whole
 from qexport.packaged import heldout_pairs, heldout_text
 from qexport.results import Answers, Divergence, Evaluation, Perplexity
 from qexport.specs import VerifySpec
 from qexport.verification.answers import greedy_answers
+from qexport.verification.corpora import PREFIX, corpus_file
 from qexport.verification.divergence import DivergenceSums
 from qexport.verification.integrity import check_integrity
 from qexport.verification.kept_logits import (
@@ -37,9 +39,11 @@ from qexport.verification.kept_logits import (
     open_logits,
     plan_logits,
 )
+from qexport.verification.lm_tasks import TaskScores, run_tasks
 from qexport.verification.perplexity import summarize
 from qexport.verification.prompts import Prompt, read_prompts
 from qexport.verification.scored_logits import scored_logits
+from qexport.verification.speed import tokens_per_second
 from qexport.verification.text_scores import score_texts
 from qexport.verification.units import Units
 
@@ -59,12 +63,16 @@ def evaluate_recipe(model: Path, spec: VerifySpec) -> Recipe:
 
 def evaluation_data(spec: VerifySpec) -> tuple[Path, Path | None]:
     """Held-out text, and prompts: the packaged ones go with the packaged text only."""
-    text = Path(spec.text) if spec.text else heldout_text()
+    text = _text_file(spec.text) if spec.text else heldout_text()
     pairs = Path(spec.pairs) if spec.pairs else None if spec.text else heldout_pairs()
     for path in (text, pairs):
         if path and not path.is_file():
             raise CalibrationError(f"{path} does not exist", expected="a file of text or prompts")
     return text, pairs
+
+
+def _text_file(name: str) -> Path:
+    return corpus_file(name) if name.startswith(PREFIX) else Path(name)
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,9 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Ready:
-    """A model that was found whole, and the data that it will be scored on."""
+    """A model that was found whole, `model` in the user's words, and the data that it will be scored on."""
 
+    model: str | Path
     checkpoint: Checkpoint
     skeleton: Skeleton
     tokenizer: Any
@@ -124,9 +133,10 @@ def prepare(model: str | Path, spec: VerifySpec, trust_remote_code: bool, on_eve
             f"--min-bleu, and {prompts_file or 'no prompts'} without references",
             expected="--pairs FILE with a reference for each prompt",
         )
-    checkpoint = open_checkpoint(model)
+    checkpoint, skeleton = text_and_skeleton(
+        open_checkpoint(model), trust_remote_code=trust_remote_code, on_event=on_event
+    )
     path = checkpoint.path
-    skeleton = build_skeleton(path, trust_remote_code=trust_remote_code)
     architecture_of(skeleton.model_type)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     checked = check_integrity(checkpoint, skeleton, on_event)
@@ -137,7 +147,7 @@ def prepare(model: str | Path, spec: VerifySpec, trust_remote_code: bool, on_eve
     windows = scored_windows(documents, tokenizer, length=length, stride=stride)
     require_known_ids(max(max(window.tokens) for window in windows), skeleton, path)
     recipe = {
-        "text": text.name,
+        "text": spec.text if spec.text and spec.text.startswith(PREFIX) else text.name,
         "data": file_hash(text),
         "tokens": hash_of_tokens(windows)[:16],
         "documents": len(documents),
@@ -147,7 +157,9 @@ def prepare(model: str | Path, spec: VerifySpec, trust_remote_code: bool, on_eve
         "dtype": "float32",
         "versions": installed_versions(),
     }
-    return Ready(checkpoint, skeleton, tokenizer, checked, windows, recipe, prompts_file, prompts, spec)
+    return Ready(
+        model, checkpoint, skeleton, tokenizer, checked, windows, recipe, prompts_file, prompts, spec
+    )
 
 
 def note_little_text(ready: Ready, on_event: OnEvent) -> None:
@@ -168,11 +180,44 @@ def score(
     if reference:
         require_same_tokens(ready, reference.scores)
     found, divergence = _over_text(ready, reference, keep_logits, on_event)
-    answers = _answers(ready, reference, on_event) if ready.prompts_file else None
+    answers, tasks = _with_whole_model(ready, reference, on_event)
+    speed = tokens_per_second(ready.model, on_event=on_event) if ready.spec.speed else None
     parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
     size = checkpoint.weights_size
     bits = round(8 * size / parameters, 4)
-    return Evaluation(str(checkpoint.path), size, bits, ready.tensors_checked, found, divergence, answers)
+    return Evaluation(
+        model=str(checkpoint.path),
+        size_bytes=size,
+        bits_per_weight=bits,
+        tensors_checked=ready.tensors_checked,
+        perplexity=found,
+        divergence=divergence,
+        answers=answers,
+        speeds={speed.runtime: speed.tokens_per_second} if speed else {},
+        tasks=tasks.scores if tasks else {},
+        task_recipe=tasks.recipe if tasks else {},
+    )
+
+
+def _with_whole_model(
+    ready: Ready, reference: Reference | None, on_event: OnEvent
+) -> tuple[Answers | None, TaskScores | None]:
+    """What cannot be had block by block: answers, and lm-evaluation-harness's scores."""
+    if not ready.prompts_file and not ready.spec.tasks:
+        return None, None
+    model = load_whole(ready.skeleton, ready.checkpoint, torch.float32)
+    answers = _answers(ready, model, reference, on_event) if ready.prompts_file else None
+    if not ready.spec.tasks:
+        return answers, None
+    tasks = run_tasks(
+        model,
+        ready.tokenizer,
+        ready.spec.tasks,
+        limit=ready.spec.task_limit,
+        batch_size=ready.spec.batch_size,
+        on_event=on_event,
+    )
+    return answers, tasks
 
 
 def _over_text(
@@ -250,12 +295,12 @@ def _first_difference(documents: list[str], ours: Any, theirs: Any) -> str:
     return f" ({len(ours)} and {len(theirs)} of them are known)" if len(ours) != len(theirs) else ""
 
 
-def _answers(ready: Ready, reference: Reference | None, on_event: OnEvent) -> Answers:
+def _answers(ready: Ready, model: Any, reference: Reference | None, on_event: OnEvent) -> Answers:
     references = [prompt.reference for prompt in ready.prompts]
     known = [text for text in references if text is not None]
     one_line = bool(known) and not any("\n" in text.strip() for text in known)
     answered = greedy_answers(
-        load_whole(ready.skeleton, ready.checkpoint, torch.float32),
+        model,
         ready.tokenizer,
         ready.prompts,
         max_new_tokens=ready.spec.max_new_tokens,

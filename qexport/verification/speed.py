@@ -151,7 +151,7 @@ def _run(runtime: str, job: SpeedJob, python: Path) -> SpeedOutcome:
         work = Path(name)
         (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
         command = [str(python), str(_DRIVER), runtime, str(work / "job.json"), str(work / "report.json")]
-        environment = {**process._environment(python), "OMP_NUM_THREADS": str(job["threads"])}
+        environment = {**process.environment(python), "OMP_NUM_THREADS": str(job["threads"])}
         try:
             ran = subprocess.run(  # noqa: S603 - the user's interpreter, our script
                 command,

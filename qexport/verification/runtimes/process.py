@@ -83,7 +83,7 @@ def _run(command: Sequence[str], stderr: int, report: Path, on_event: OnEvent) -
             stdin=subprocess.DEVNULL,
             stdout=stderr,
             stderr=stderr,
-            env=_environment(Path(command[0])),
+            env=environment(Path(command[0])),
         )
     except OSError as error:
         raise SpecError(
@@ -105,7 +105,7 @@ def _run(command: Sequence[str], stderr: int, report: Path, on_event: OnEvent) -
             process.wait()
 
 
-def _environment(python: Path) -> dict[str, str]:
+def environment(python: Path) -> dict[str, str]:
     """Ours without what is meant for our own Python; the tools beside `python` (ninja) come first."""
     kept = {name: value for name, value in os.environ.items() if name not in _OUR_PYTHON}
     path = os.pathsep.join([str(python.absolute().parent), kept.get("PATH", os.defpath)])
