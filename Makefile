@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 # a stamp of its own for every choice of torch
 STAMP := $(VENV)/.installed-$(shell echo '$(TORCH)' | cksum | cut -d' ' -f1)
 
-.PHONY: demo test test-fast format lint types setup embedded clean help
+.PHONY: browser demo test test-fast format lint types setup embedded clean help
 
 help:
 	@echo "make demo       set up, then merge, quantize and verify the embedded model into $(DEMO_OUT)/"
@@ -37,7 +37,15 @@ demo: setup
 	@echo "== qexport demo: merge, shard, quantize and verify the embedded model"
 	$(BIN)/qexport demo -o $(DEMO_OUT)
 
-test: lint types
+# The report's page is tested in Chromium; where it cannot be installed those tests are skipped, saying so.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	       && echo "== chromium: installing" && apt-get -qq update \
+	       && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium chromium-driver >/dev/null; } \
+	  || echo "== chromium is not there: tests of the page are skipped"
+
+test: lint types browser
 	@echo "== tests"
 	$(BIN)/python -m pytest -n 2
 

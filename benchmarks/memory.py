@@ -52,6 +52,10 @@ STEPS = {
         "",
         "qexport.evaluate(base, VerifySpec(text=str(heldout_text()), max_documents=20))",
     ),
+    "compare the rtn model with the base, 20 documents": (
+        "rtn",
+        "compared(base, out, VerifySpec(text=str(heldout_text()), max_documents=20))",
+    ),
 }
 RUN = """
 import json, sys
@@ -60,7 +64,12 @@ import qexport
 from qexport.specs import *
 from qexport.measure import Measured
 from qexport.packaged import heldout_text
+from qexport.verification.evaluate import Reference
 base, adapter, out = map(Path, sys.argv[1:4])
+def compared(base, variant, spec):
+    kept = Path(f"{variant}.logits")
+    full = qexport.evaluate(base, spec, keep_logits=kept)
+    qexport.evaluate(variant, spec, reference=Reference(full, kept))
 with Measured() as cost:
     STEP
 print(json.dumps([cost.seconds, cost.peak_bytes]))

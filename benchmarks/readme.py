@@ -7,9 +7,12 @@ demo's table as it came out.
     .venv/bin/python -m benchmarks.readme --merge merge.json
     .venv/bin/python -m benchmarks.gguf encoders --json encoders.json
     .venv/bin/python -m benchmarks.readme --gguf encoders.json
+    .venv/bin/python -m benchmarks.compare > compare.md
+    .venv/bin/python -m benchmarks.readme --compare compare.md
 
-Each option writes one part: the demo's table from its report.json, the table of benchmarks/memory.py,
-which is run for it, and those of benchmarks/merge.py and gguf.py from their JSON. The commands' help and the
+Each option writes one part: the demo's table from its report.json, and the picture of its page; the table
+of benchmarks/memory.py, which is run for it; those of benchmarks/merge.py, gguf.py and compare.py from what
+they wrote. The commands' help and the
 table of runtimes are always written.
 """
 
@@ -21,6 +24,8 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 from benchmarks.gguf import TABLES as GGUF_TABLES
@@ -30,7 +35,10 @@ from qexport.cli.main import COMMANDS
 from qexport.report.files import read_report
 from qexport.report.tables import table_markdown
 from qexport.verification.runtimes.support import support_table
+from tests.browser import chromium, resized
 
+PICTURE = Path(__file__).with_name("report.png")
+PICTURE_SIZE = (1160, 1000)
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -58,6 +66,16 @@ def demo_table(directory: Path) -> str:
     return table_markdown(read_report(directory).rows)
 
 
+def take_picture(page: Path, picture: Path) -> None:
+    """The top of a report's page as PNG, as Chromium shows it."""
+    with tempfile.TemporaryDirectory() as profile, chromium(Path(profile)) as browser:
+        browser.get(page.resolve().as_uri())
+        resized(browser, *PICTURE_SIZE)
+        browser.find_element("css selector", "svg")  # the charts are drawn
+        time.sleep(1)  # their texts are placed
+        browser.save_screenshot(str(picture))
+
+
 def merge_part(file: Path) -> str:
     """Table and remarks of what benchmarks/merge.py --json wrote."""
     found = json.loads(file.read_text(encoding="utf-8"))
@@ -76,17 +94,21 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, metavar="DIR")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--merge", type=Path, metavar="JSON")
+    parser.add_argument("--compare", type=Path, metavar="MARKDOWN")
     parser.add_argument("--gguf", type=Path, metavar="JSON", action="append", default=[])
     options = parser.parse_args()
     text = replaced(README.read_text(encoding="utf-8"), "commands", help_blocks())
     text = replaced(text, "support", support_table())
     if options.demo:
         text = replaced(text, "demo", demo_table(options.demo))
+        take_picture(options.demo / "report.html", PICTURE)
     if options.memory:
         run = [sys.executable, "-m", "benchmarks.memory"]
         text = replaced(
             text, "memory", subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout
         )
+    if options.compare:
+        text = replaced(text, "compare", options.compare.read_text(encoding="utf-8"))
     if options.merge:
         text = replaced(text, "merge", merge_part(options.merge))
     for file in options.gguf:

@@ -104,7 +104,9 @@ def test_awqs_scales_are_made_good_in_all_that_they_touch(
     """At 8 bits the model computes what it did: a norm, bias or router that was forgotten would be seen."""
     model = loud(name)
     out, plain = tmp_path / "out", tmp_path / "plain"
-    spec = calibrated("awq", text, solver=solver, format=format_name, bits=8, group_size=32)
+    spec = calibrated(
+        "awq", text, solver=solver, format=format_name, bits=8, group_size=32, grid_points=8
+    )  # scales of a coarser search are made good as finer ones are
     result = qexport.quantize(model, out, spec)
     qexport.quantize(model, plain, spec_of("rtn", format=format_name, bits=8, group_size=32))
 
@@ -171,10 +173,11 @@ def test_awq_with_layers_left_out_stays_the_same_model(
 
 # order of the inputs, static groups
 ORDERS = [(order, static) for order in ("none", "full", "group-aware") for static in (True, False)]
-# true sequential, searched scales
-WAYS = [
-    (True, True),
-    *(pytest.param(*way, marks=pytest.mark.slow) for way in ((True, False), (False, True), (False, False))),
+# beside true sequential and searched scales; each of the other ways meets all orders, and groups of both kinds
+MORE_WAYS = [
+    (*ORDERS[number], *way)
+    for way, numbers in (((True, False), (0, 3, 4)), ((False, True), (1, 2, 5)), ((False, False), (0, 2, 5)))
+    for number in numbers
 ]
 
 
@@ -188,8 +191,13 @@ def rounded(llama: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -
     return full, distance(logits(decoded(out), batch), full)
 
 
-@pytest.mark.parametrize(("sequential", "search"), WAYS)
-@pytest.mark.parametrize(("order", "static"), ORDERS)
+@pytest.mark.parametrize(
+    ("order", "static", "sequential", "search"),
+    [
+        *((*order, True, True) for order in ORDERS),
+        *(pytest.param(*way, marks=pytest.mark.slow) for way in MORE_WAYS),
+    ],
+)
 def test_every_way_of_gptq_beats_rounding(
     order: str,
     static: bool,
