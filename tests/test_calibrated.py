@@ -104,9 +104,7 @@ def test_awqs_scales_are_made_good_in_all_that_they_touch(
     """At 8 bits the model computes what it did: a norm, bias or router that was forgotten would be seen."""
     model = loud(name)
     out, plain = tmp_path / "out", tmp_path / "plain"
-    spec = calibrated(
-        "awq", text, solver=solver, format=format_name, bits=8, group_size=32, grid_points=8
-    )  # scales of a coarser search are made good as finer ones are
+    spec = calibrated("awq", text, solver=solver, format=format_name, bits=8, group_size=32)
     result = qexport.quantize(model, out, spec)
     qexport.quantize(model, plain, spec_of("rtn", format=format_name, bits=8, group_size=32))
 
@@ -173,7 +171,7 @@ def test_awq_with_layers_left_out_stays_the_same_model(
 
 # order of the inputs, static groups
 ORDERS = [(order, static) for order in ("none", "full", "group-aware") for static in (True, False)]
-# beside true sequential and searched scales; each of the other ways meets all orders, and groups of both kinds
+# beside true sequential and searched scales: each of the other ways meets all orders and both kinds of groups
 MORE_WAYS = [
     (*ORDERS[number], *way)
     for way, numbers in (((True, False), (0, 3, 4)), ((False, True), (1, 2, 5)), ((False, False), (0, 2, 5)))

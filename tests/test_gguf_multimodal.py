@@ -28,7 +28,7 @@ from qexport.modeling.skeleton import build_skeleton
 from qexport.quantization.imatrix import make_imatrix
 from qexport.quantization.quantize import planned_size
 from qexport.results import QuantizeResult
-from qexport.specs import CalibrationSpec, spec_of
+from qexport.specs import CalibrationSpec, VerifySpec, spec_of
 from tests.test_gguf_architectures import GELU, IDS, read, run_llamacpp
 from tests.tiny import edit_json, edit_weights, logits, tiny_tokenizer
 
@@ -326,3 +326,12 @@ def test_what_is_no_such_model_is_refused(models: Models, tmp_path: Path) -> Non
     edit_json(path / "config.json", text_config=["gemma3_text"])
     with pytest.raises(NotACheckpointError, match=r"text_config that is list"):
         make(path, tmp_path / "out", type="f32")
+
+
+def test_its_files_are_measured_against_it(models: Models, text: Path, tmp_path: Path) -> None:
+    made = qexport.quantize(models.older, tmp_path / "out", spec_of("gguf", type="q8_0"))
+    spec = VerifySpec(text=str(text), window=32, max_documents=12)
+    found = qexport.verify(models.older, made.path / made.files[0].file, spec).candidate.divergence
+    assert found is not None
+    assert 0 < found.mean < 0.05
+    assert qexport.evaluate(models.older, spec).perplexity == qexport.evaluate(models.newer, spec).perplexity

@@ -697,6 +697,7 @@ def test_an_output_is_replaced_by_another(llama: Path, tmp_path: Path, cli: RunC
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
         "LICENSE",
         "Modelfile",
+        "README.md",
         "qexport.json",
         f"{llama.name}-Q5_0.gguf",
     }

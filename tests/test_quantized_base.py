@@ -359,7 +359,7 @@ def test_an_export_of_a_quantized_base_stands_the_second_time(
                 "adapters": str(adapter),
                 "output": str(tmp_path / "out"),
                 "quantize": [{"method": "rtn", "bits": 4}],
-                "verify": {"max_documents": 2, "window": 32},
+                "verify": {"max_documents": 2, "window": 32, "max_pairs": 5, "max_new_tokens": 4},
             }
         ),
         "recipe.yaml",

@@ -201,8 +201,15 @@ def test_an_output_that_is_there_is_refused_or_replaced(tmp_path: Path, cli: Run
     assert content(out) == before
     (out / "old.txt").unlink()
     assert cli("shard", model, "-o", out, "--overwrite", "-q") == (0, "", "")
-    assert sorted(content(out)) == ["config.json", "model.safetensors", "qexport.json"]
+    assert sorted(content(out)) == ["README.md", "config.json", "model.safetensors", "qexport.json"]
     assert list(load_file(out / "model.safetensors")) == ["a"]
+    # a model card that people wrote in outlives what it describes
+    (out / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    assert cli("shard", model, "-o", out, "--overwrite", "-q") == (0, "", "")
+    card = (out / "README.md").read_text()
+    assert "license: mit" in card
+    assert "# Mine\n" in card
+    assert "qexport shard" in card
     assert hidden(tmp_path) == []
 
 

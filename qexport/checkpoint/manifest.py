@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,15 @@ def installed_versions(packages: Sequence[str] = ()) -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in dict.fromkeys((*_REPORTED, *packages)):
         try:
-            versions[package] = metadata.version(package)
+            versions[package] = _version(package)
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+@cache
+def _version(package: str) -> str:
+    return metadata.version(package)
 
 
 def content_files(directory: Path) -> list[Path]:

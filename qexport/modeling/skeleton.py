@@ -216,7 +216,7 @@ def build_model(
             full = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
         if hasattr(full, "quantization_config"):
             del full.quantization_config  # the skeleton is that of the full-precision model
-        with _on_meta():
+        with _on_meta(), _without_random_weights():
             model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 full, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
@@ -245,6 +245,16 @@ def _on_meta() -> Iterator[None]:
 
     with init_empty_weights(include_buffers=False):
         yield
+
+
+def _without_random_weights() -> contextlib.AbstractContextManager[None]:
+    """Weights on the meta device need no drawing; some transformers call this elsewhere."""
+    try:
+        from transformers.initialization import no_init_weights
+    except ImportError:
+        return contextlib.nullcontext()
+    found: contextlib.AbstractContextManager[None] = no_init_weights()
+    return found
 
 
 def set_parameters(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:

@@ -80,7 +80,7 @@ def rise(row: Row) -> str:
 
 
 def _is_stranger(row: Row) -> bool:
-    """Whether it is better than the full model, by more than noise and by more than quantization ever does."""
+    """Whether it beats the full model by more than noise, and by more than quantization ever does."""
     noise = _noise(row)
     return noise is not None and _loss(row) < -max(noise, SMALL)
 
