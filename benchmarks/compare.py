@@ -47,7 +47,7 @@ def main() -> None:
         variant, kept = Path(name) / "rtn", Path(name) / "logits"
         qexport.quantize(model, variant, RtnSpec())
         whole, full = timed(lambda: qexport.evaluate(model, spec, keep_logits=kept))
-        reference = Reference(full, kept)
+        reference = Reference(full, kept, model)
         alone, _ = timed(lambda: qexport.evaluate(variant, spec))
         held, found = timed(lambda: qexport.evaluate(variant, spec, reference=reference))
         size = kept.stat().st_size
@@ -56,7 +56,7 @@ def main() -> None:
         sizes = [(f"all of {found.divergence.recipe['vocabulary']}", size, found.divergence.mean)]
         few = spec.model_copy(update={"max_logits_size": size // 10})
         scores = qexport.evaluate(model, few, keep_logits=kept)
-        part = qexport.evaluate(variant, few, reference=Reference(scores, kept)).divergence
+        part = qexport.evaluate(variant, few, reference=Reference(scores, kept, model)).divergence
         if part:
             sizes.append((f"the likeliest {part.recipe['kept_logits']}", kept.stat().st_size, part.mean))
     print(f"{model.name}, {full.perplexity.tokens} tokens of {_DOCUMENTS} documents, variant rtn 4 bits\n")

@@ -69,7 +69,7 @@ base, adapter, out = map(Path, sys.argv[1:4])
 def compared(base, variant, spec):
     kept = Path(f"{variant}.logits")
     full = qexport.evaluate(base, spec, keep_logits=kept)
-    qexport.evaluate(variant, spec, reference=Reference(full, kept))
+    qexport.evaluate(variant, spec, reference=Reference(full, kept, base))
 with Measured() as cost:
     STEP
 print(json.dumps([cost.seconds, cost.peak_bytes]))

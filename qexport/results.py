@@ -200,6 +200,7 @@ class Evaluation:
     divergence: Divergence | None
     answers: Answers | None
     speeds: Mapping[str, float] = field(default_factory=dict)
+    speed_recipe: Mapping[str, Any] = field(default_factory=dict)
     tasks: Mapping[str, TaskScore] = field(default_factory=dict)
     task_recipe: Mapping[str, Any] = field(default_factory=dict)
 

@@ -365,6 +365,15 @@ class VerifySpec(Spec):
         description="prompts with references, to compare answers: JSON lines of prompt and reference, "
         "Alpaca, ShareGPT or translation pairs; default: the package's own, with its own text only",
     )
+    languages: _List = Field(
+        (), description="source and target of translation pairs, e.g. de,en; default: in their own order"
+    )
+    wording: str = Field(
+        "{source}", description="how a translation is asked for, e.g. 'Into English: {source}'"
+    )
+    bleu_tokenizer: Literal["13a", "zh", "char", "intl", "none"] = Field(
+        "13a", description="how BLEU cuts words, zh for Chinese, char for Japanese"
+    )
     window: int = Field(512, ge=2, description="tokens the model sees at once, at most")
     stride: int | None = Field(None, ge=1, description="new tokens scored a window; default: half the window")
     max_documents: int | None = Field(None, ge=1, description="use the first documents only")

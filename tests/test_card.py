@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,23 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 import qexport
-from qexport.checkpoint.manifest import add_figures, changed_files, read_figures, read_manifest, stands
+from qexport.checkpoint.manifest import (
+    add_figures,
+    changed_files,
+    read_figures,
+    read_manifest,
+    record_files,
+    stands,
+)
 from qexport.checkpoint.staging import check_target
 from qexport.errors import CorruptFileError, InputError, NotACheckpointError
 from qexport.methods import FORMATS
+from qexport.publishing.contents import plan_push
+from qexport.publishing.spec import PushSpec
 from qexport.quantization.quantize import quantize_recipe
 from qexport.report.card import model_card, write_card
 from qexport.report.card_facts import CardFacts, card_facts
+from qexport.report.card_several import write_card_of_several
 from qexport.report.content import Interval, Measure, Report, Row, TextScores
 from qexport.report.licences import licence_of
 from qexport.report.markdown import code, plain
@@ -417,6 +428,138 @@ def test_a_card_leaves_the_output_whole(outputs: Mapping[str, Path], output: Pat
     (outputs["merged"] / "README.md").unlink()
 
 
+@pytest.fixture
+def several(outputs: Mapping[str, Path], tmp_path: Path) -> Path:
+    """What compare leaves: outputs of a fine-tune of the Hub's Some-Org/Tiny, the plot."""
+    home = tmp_path / "several"
+    sources = [
+        {"path": f"{tmp_path}/models--Some-Org--Tiny/snapshots/ab"},
+        {"path": "/x/models--me--lora", "kind": "LORA"},
+    ]
+    for kind in ("gptq", "bnb8", "gguf", "two"):
+        made = Path(shutil.copytree(outputs[kind], home / kind))
+        (made / "LICENSE").write_text("All of this is mine.")
+        records = {name: asdict(record) for name, record in record_files(made).items()}
+        edit_json(made / "qexport.json", files=records)
+        add_figures(made, {"sources": sources})
+        write_card(made)
+    (home / "scores").mkdir()
+    (home / "loss_vs_bits.png").write_bytes(b"PNG")
+    return home
+
+
+OF_SEVERAL = (
+    row("full", "/home/me/merged"),
+    row("two-8bit", "two", 0.001),
+    row("gptq-4bit", "gptq", 0.02, kl=Measure(value=0.0123, standard_error=0.001), kl_at_least=True),
+    row("bnb-8bit", "bnb8", 1.7, failures=("loses 170 % of /home/me/merged, at most 8 % may be",)),
+    row("elsewhere", "../gptq", 0.5),
+)
+
+
+def test_the_card_of_several_has_the_hubs_metadata_of_all(several: Path) -> None:
+    write_card_of_several(several, report_of(*OF_SEVERAL))
+    text = (several / "README.md").read_text()
+    data = metadata(text)
+    assert data.base_model == "Some-Org/Tiny"
+    assert data["base_model_relation"] == "finetune"
+    assert data["adapters"] == ["me/lora"]
+    assert (data.license, data.license_link) == ("other", "two/LICENSE")
+    assert data.library_name is None  # no one library reads them all
+    assert data.pipeline_tag == "text-generation"
+    assert {"gguf", "gptq", "bitsandbytes", "4-bit", "8-bit", "qexport"} <= set(data.tags)
+    assert data.model_name == "Tiny + lora, 4 variants"
+    found = {result.metric_name: result.metric_value for result in data.eval_results or ()}
+    assert found["Rise of perplexity over full precision, gptq-4bit"] == 0.02
+    assert found["KL divergence to full precision, at least, nats a token, gptq-4bit"] == 0.0123
+    assert found["Perplexity, two-8bit"] == pytest.approx(3.003)
+    assert not [name for name in found if name.endswith((", full", ", elsewhere"))]
+    for told in ("gptq keeps 98 %.", "| **gptq-4bit** |", "| elsewhere |", "](loss_vs_bits.png)"):
+        assert told in text
+    assert "> - bnb-8bit: it loses 170 % of merged, at most" in text
+    assert "> - bnb-8bit: its perplexity is 170.00% above" in text
+    assert "/home/me" not in text
+
+    write_card_of_several(several, report_of(*OF_SEVERAL))
+    assert (several / "README.md").read_text() == text
+    (several / "README.md").write_text(f"{text}\nMine.\n".replace("license: other", "license: mit"))
+    write_card_of_several(several, report_of(*OF_SEVERAL[:2]))
+    text = (several / "README.md").read_text()
+    assert text.endswith("\nMine.\n")
+    assert metadata(text).license == "mit"
+    assert "| **gptq-4bit** |" not in text
+
+
+def links_and_commands(text: str) -> set[str]:
+    """The files that a card names: targets of links, arguments of commands."""
+    targets = set(re.findall(r"\]\((?!https:)([^)]+)\)", text))
+    return targets | set(re.findall(r"(?:-m|-f) (\S+)", text))
+
+
+@pytest.mark.parametrize("layout", [None, "subfolders", "branches"])
+def test_the_card_of_several_names_what_is_there(several: Path, layout: str | None) -> None:
+    report = report_of(*OF_SEVERAL)
+    (several / "report.json").write_text(report.model_dump_json())
+    if layout is None:
+        write_card_of_several(several, report)
+        text = (several / "README.md").read_text()
+        there = {file.relative_to(several).as_posix() for file in several.rglob("*")}
+    else:  # even of a directory that has no card yet; what a push of some tells of is these
+        chosen = ("gptq", "two")
+        plan = plan_push(several, PushSpec.model_validate({"layout": layout, "variant": chosen}))
+        (upload,) = [upload for upload in plan.uploads if upload.revision is None]
+        items = {item.path_in_repo: item for item in upload.items}
+        assert items["README.md"].content
+        text, there = items["README.md"].content.decode(), set(items)
+        assert "| **bnb-8bit** |" not in text
+        assert not (several / "README.md").exists()
+    named = links_and_commands(text)
+    assert named <= there
+    assert "loss_vs_bits.png" in named
+    ggufs = {name for name in named if name.endswith(".gguf")}
+    assert len(ggufs) == {None: 3, "subfolders": 2, "branches": 0}[layout]
+    assert {"/" in name for name in ggufs} == {None: {True}, "subfolders": {False}, "branches": set()}[layout]
+    assert metadata(text).base_model == "Some-Org/Tiny"
+    (fetched,) = re.findall(r"^hf download REPOSITORY (.*) --local-dir", text, re.MULTILINE)
+    if layout == "branches":
+        assert fetched in {f"--revision {name}" for name in chosen}
+        assert metadata(text).license_link is None
+    else:
+        assert "[card](gptq/README.md)" in text
+        assert set(fetched.split()) <= there or fetched.startswith("--include ")
+
+
+def test_a_card_of_several_that_is_the_users_goes_as_it_lies(several: Path) -> None:
+    (several / "README.md").write_text("# Mine\n")
+    (upload,) = plan_push(several, PushSpec(layout="subfolders")).uploads
+    (card,) = [item for item in upload.items if item.path_in_repo == "README.md"]
+    assert card.content == b"# Mine\n"
+    (several / "README.md").unlink()  # and without a report there is less to tell
+    (upload,) = plan_push(several, PushSpec(layout="subfolders")).uploads
+    (card,) = [item for item in upload.items if item.path_in_repo == "README.md"]
+    data = metadata((card.content or b"").decode())
+    assert (data.base_model, data.eval_results) == ("Some-Org/Tiny", None)
+    (upload,) = plan_push(several, PushSpec(layout="subfolders", exclude=("README.md",))).uploads
+    assert not [item for item in upload.items if item.path_in_repo.endswith("README.md")]
+
+
+def test_a_card_tells_no_paths_of_this_machine(outputs: Mapping[str, Path], output: Path) -> None:
+    manifest = read_manifest(output)
+    manifest["recipe"]["options"] |= {"samples_file": "/home/me/a b/c.txt", "text": "hf:/home/me/held:test"}
+    manifest["figures"]["perplexity_recipe"] = {"data": "ab" * 32, "cache": "/home/me/cache"}
+    manifest["figures"] |= {"perplexity": 3.5}
+    edit_json(output / "qexport.json", **manifest)
+    text = model_card(card_facts(output))
+    assert "samples_file=c.txt" in text
+    assert "/home/me" not in text
+    worse = row("gptq-4bit", "gptq", 0.02, failures=("is worse than ../secret/base",))
+    told = report_of(FULL, worse, verdict="Of /home/me/x.", recipe_lines=("~/secret/data, 3 tokens",))
+    text = model_card(card_facts(output), told)
+    assert "Of x." in text
+    assert "/home/me" not in text
+    assert "secret" not in text
+
+
 USERS = """---
 # what we know
 language: de  # by hand
@@ -652,3 +795,11 @@ def test_no_text_of_the_card_is_yaml_by_accident(outputs: Mapping[str, Path], ou
 def test_an_output_with_a_card_may_be_replaced(output: Path) -> None:
     write_card(output)
     check_target(output, overwrite=True)
+
+
+def test_what_was_decoded_from_codes_is_told(outputs: Mapping[str, Path], tmp_path: Path) -> None:
+    qexport.convert(outputs["gptq"], tmp_path / "back")
+    card = model_card(card_facts(tmp_path / "back"))
+    assert "decoded from codes (float16): what their quantization lost stays lost." in card
+    assert "not quantized" not in card
+    assert "not quantized" in model_card(card_facts(outputs["merged"]))

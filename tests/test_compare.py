@@ -19,6 +19,7 @@ from qexport.report.files import REPORT_FILES, read_report, write_report
 from qexport.report.several import changes, merged
 from qexport.specs import VerifySpec, spec_of
 from tests.conftest import RunCli
+from tests.tiny import tiny_model
 
 QUICK = ("--window", "64", "--max-documents", "12", "--max-new-tokens", "8")
 
@@ -151,6 +152,8 @@ def test_the_gates(run: Path, llama: Path, text: Path, tmp_path: Path, cli: RunC
 
 
 def test_wrong_asks(run: Path, llama: Path, text: Path, tmp_path: Path, cli: RunCli) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("a b")
     wrong = {
         (): "nothing to compare with the model; --method METHODS",
         ("--method", "gptq,gguff"): "there is no method 'gguff'",
@@ -159,10 +162,20 @@ def test_wrong_asks(run: Path, llama: Path, text: Path, tmp_path: Path, cli: Run
         ("--method", "bnb", "--type", "q4_0"): "--type is for gguf alone",
         ("--method", "bnb", "--samples", "3"): "--samples is no option of bnb",
         ("--bits", "4", str(run / "bnb-8bit")): "--bits without --method",
-        ("--method", "gptq", "--damp", "7"): "--damp: ",
+        ("--method", "gptq", "--damp", "7"): "--damp 7.0: it should be less than 1",
         ("--method", "gguf", "--type", "q4_z"): "q4_z",
         (str(tmp_path / "none"),): "none",
         ("--method", "bnb", "--text", str(tmp_path / "none.txt")): "none.txt does not exist",
+        ("--method", "bnb", "--text", str(short)): "tokens to score; at least 100",
+        (
+            "--method",
+            "bnb",
+            "--text",
+            str(text),
+            "--languages",
+            "de",
+        ): "--languages de; two, source and target",
+        (str(run / "bnb-8bit"), str(run / "bnb-8bit"), "--text", str(text)): "is to be measured twice",
     }
     for options, pattern in wrong.items():
         code, stdout, stderr = cli("compare", llama, "-o", tmp_path / "out", *options)
@@ -171,12 +184,122 @@ def test_wrong_asks(run: Path, llama: Path, text: Path, tmp_path: Path, cli: Run
         assert not (tmp_path / "out").exists(), options
 
 
-def test_a_candidate_of_another_base(run: Path, text: Path, tmp_path: Path, cli: RunCli) -> None:
-    other = Path(qexport.__file__).parent / "embedded" / "base"
-    code, _, stderr = cli("compare", other, run / "bnb-8bit", "-o", tmp_path / "out", "--text", text, *QUICK)
-    assert code == 2
-    assert "cut the text into different tokens" in stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"hidden_size": 64}, "hidden_size is 64, there 128"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1, there 2"),
+        ({"seed": 7}, "their embeddings have nothing in common"),
+    ],
+)
+def test_a_candidate_of_another_base(
+    llama: Path, text: Path, tmp_path: Path, cli: RunCli, changes: dict[str, Any], told: str
+) -> None:
+    other = tiny_model(tmp_path / "other", **changes)
+    qexport.quantize(other, tmp_path / "candidate", spec_of("bnb", bits=8))
+    given = ("--text", text, *QUICK)
+    for call in (
+        ("compare", llama, tmp_path / "candidate", "-o", tmp_path / "out"),
+        ("verify", tmp_path / "candidate", "--reference", llama),
+    ):
+        code, stdout, stderr = cli(*call, *given)
+        assert (code, stdout) == (2, "")
+        assert f"candidate is no variant of {llama}: {told}" in stderr.splitlines()[-1]
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_full_precision_candidate_is_a_variant(llama: Path, text: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "copy")
+    spec = VerifySpec(text=str(text), window=64, max_documents=12)
+    report = qexport.compare(llama, tmp_path / "out", candidates=[tmp_path / "copy"], verify=spec)
+    assert "copy at 100 % of the size is a tie with the full model" in report.verdict
+
+
+def test_scores_that_somebody_changed_are_measured_again(
+    run: Path, llama: Path, text: Path, pairs: Path, tmp_path: Path, cli: RunCli
+) -> None:
+    out = shutil.copytree(run, tmp_path / "out")
+    before = read_report(out)
+    scores = {name: out / "scores" / f"{name}.json" for name in ("bnb-8bit", "rtn-4bit", "rtn-2bit", "full")}
+    better = json.loads(scores["rtn-2bit"].read_text())
+    better["scores"]["divergence"]["mean"] = 1e-6
+    scores["rtn-2bit"].write_text(json.dumps(better))
+    scores["bnb-8bit"].write_text('{"key": 1}')
+    scores["rtn-4bit"].write_text("[]")
+    given = ("compare", llama, "-o", out, "--text", text, "--pairs", pairs, *QUICK, "--title", "a comparison")
+    code, stdout, stderr = cli(*given, "--method", "bnb,rtn", "--bits", "8,4,2", "--json")
+    assert code == 0, stderr
+    ran = json.loads(stdout)["ran"]
+    assert {"verify bnb-8bit", "verify rtn-4bit", "verify rtn-2bit"} <= set(ran)
+    assert "verify full" not in ran
+    assert by_name(read_report(out))["rtn-2bit"].kl == by_name(before)["rtn-2bit"].kl
+    assert "are not there any more: computing them again" in stderr
+
+
+def test_a_base_that_moved(llama: Path, text: Path, tmp_path: Path, cli: RunCli) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    given = ("-o", tmp_path / "out", "--text", text, *QUICK, "--method", "rtn", "--bits")
+    assert cli("compare", base, *given, "8")[0] == 0
+    base.rename(tmp_path / "elsewhere")
+    code, stdout, stderr = cli("compare", tmp_path / "elsewhere", *given, "8,4", "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["skipped"] == ["verify full", "rtn-8bit", "verify rtn-8bit"]
+
+
+def test_places_where_no_report_can_be(
+    run: Path, llama: Path, text: Path, tmp_path: Path, cli: RunCli
+) -> None:
+    model = shutil.copytree(llama, tmp_path / "model")
+    (tmp_path / "file").write_text("x")
+    given = ("compare", model, run / "bnb-8bit", "--text", text, *QUICK)
+    for options, told in (
+        (("-o", model), "is a model"),
+        (("-o", tmp_path / "file"), "is no directory"),
+        (("-o", tmp_path / "out", "--junit", tmp_path), "--junit"),
+    ):
+        code, stdout, stderr = cli(*given, *options)
+        assert (code, stdout) == (2, "")
+        assert told in stderr.splitlines()[-1]
+    assert {file.name for file in model.iterdir()} == {file.name for file in llama.iterdir()}
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_of_the_users_that_cannot_be_read_is_left_alone(
+    llama: Path, text: Path, tmp_path: Path, cli: RunCli
+) -> None:
+    given = ("compare", llama, "-o", tmp_path / "out", "--text", text, *QUICK, "--method", "rtn", "--bits")
+    assert cli(*given, "8")[0] == 0
+    card = tmp_path / "out" / "rtn-8bit" / "README.md"
+    card.write_text("---\nlicense: [mit\n---\n")
+    code, _, stderr = cli(*given, "8,4", "--json")
+    assert code == 0, stderr
+    assert "no model card: " in stderr
+    assert card.read_text() == "---\nlicense: [mit\n---\n"
+    assert (tmp_path / "out" / "rtn-4bit" / "README.md").is_file()
+
+
+def test_a_gguf_file_beside_somebody_elses_output_is_not_of_it(
+    run: Path, llama: Path, text: Path, tmp_path: Path
+) -> None:
+    home = shutil.copytree(run / "bnb-8bit", tmp_path / "home")
+    qexport.quantize(llama, tmp_path / "made", spec_of("gguf", type="q8_0"))
+    file = next((tmp_path / "made").glob("*.gguf"))
+    shutil.copy(file, tmp_path / "foreign.gguf")
+    shutil.copy(run / "bnb-8bit" / "qexport.json", tmp_path / "qexport.json")
+    spec = VerifySpec(text=str(text), window=64, max_documents=3)
+    report = qexport.compare(
+        llama, tmp_path / "out", candidates=[tmp_path / "foreign.gguf", home], verify=spec
+    )
+    rows = by_name(report)
+    assert (rows["foreign"].method, rows["foreign"].seconds) == ("gguf", None)
+    assert rows["home"].method == "bnb"
+    # and figures that somebody broke are unknown, not fatal
+    manifest = json.loads((home / "qexport.json").read_text())
+    manifest["figures"] = {"seconds": "abc", "tensor_errors": 3}
+    manifest["recipe"]["options"]["solver"] = ["x"]
+    (home / "qexport.json").write_text(json.dumps(manifest))
+    report = qexport.compare(llama, tmp_path / "out2", candidates=[home], verify=spec)
+    assert by_name(report)["home"].seconds is None
 
 
 def test_options_go_where_they_are_known() -> None:
@@ -188,7 +311,12 @@ def test_options_go_where_they_are_known() -> None:
         *(("rtn", 32), ("gptq", 32), ("gguf", None), ("gguf", None))
     ]
     assert getattr(specs[1], "samples") == 7  # noqa: B009 - of the calibrated alone
-    assert specs[2].type == ("q4_k_m",)
+    # as for `qexport quantize`: who gives samples wants GGUF to heed them
+    assert [(spec.type, spec.solver) for spec in specs[2:]] == [
+        *((("q4_k_m",), "importance"), (("q8_0",), "importance"))
+    ]
+    (plain,) = variant_specs(["gguf"], [], ["q4_k_m"], [], {"skip": ("x",)}, said.append)
+    assert plain.solver == "search"
     assert not said
 
 

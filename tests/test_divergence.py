@@ -40,7 +40,7 @@ def test_it_is_that_of_transformers(llama: Path, two_bits: Path, text: Path, tmp
     spec = VerifySpec(text=str(text), window=128, stride=64)
     full = qexport.evaluate(llama, spec, keep_logits=tmp_path / "logits")
     assert full.divergence is None
-    found = qexport.evaluate(two_bits, spec, reference=Reference(full, tmp_path / "logits")).divergence
+    found = qexport.evaluate(two_bits, spec, reference=Reference(full, tmp_path / "logits", llama)).divergence
     assert found is not None
 
     decoded = tmp_path / "decoded"
@@ -66,7 +66,7 @@ def test_it_is_that_of_transformers(llama: Path, two_bits: Path, text: Path, tmp
 def test_a_model_is_not_far_from_itself(llama: Path, text: Path, tmp_path: Path) -> None:
     spec = VerifySpec(text=str(text), window=64, max_documents=12)
     full = qexport.evaluate(llama, spec, keep_logits=tmp_path / "logits")
-    found = qexport.evaluate(llama, spec, reference=Reference(full, tmp_path / "logits")).divergence
+    found = qexport.evaluate(llama, spec, reference=Reference(full, tmp_path / "logits", llama)).divergence
     assert found is not None
     assert abs(found.mean) < 1e-7  # what 16 bits cost
     assert found.same_top == 1
@@ -145,10 +145,10 @@ def test_logits_that_are_gone_are_made_anew(llama: Path, two_bits: Path, text: P
     spec = VerifySpec(text=str(text), window=64, max_documents=3)
     kept = tmp_path / "logits"
     full = qexport.evaluate(llama, spec, keep_logits=kept)
-    first = qexport.evaluate(two_bits, spec, reference=Reference(full, kept)).divergence
+    first = qexport.evaluate(two_bits, spec, reference=Reference(full, kept, llama)).divergence
     before = kept.read_bytes()
     kept.unlink()
-    assert qexport.evaluate(two_bits, spec, reference=Reference(full, kept)).divergence == first
+    assert qexport.evaluate(two_bits, spec, reference=Reference(full, kept, llama)).divergence == first
     assert kept.read_bytes() == before
 
 

@@ -88,7 +88,7 @@ def test_only_what_changed_is_made_anew(content: dict[str, Any], tmp_path: Path)
     assert weights.read_bytes() == whole
     # the text changes: all scores go, no model does
     text = tmp_path / "other.txt"
-    text.write_text("a small model reads many words")
+    text.write_text("a small model reads many words " * 20)
     content["verify"]["text"] = str(text)
     assert list(qexport.export(parsed(content)).ran) == [
         s for s in STEPS if s.startswith(("verify", "report"))

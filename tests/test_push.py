@@ -20,12 +20,14 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 from safetensors.torch import save_file
 
 from qexport.checkpoint.manifest import MANIFEST_FILE, Manifest, Recipe, record_files
 from qexport.checkpoint.resharding import shard
+from qexport.checkpoint.staging import StagedDirectory, whole_file
 from qexport.errors import (
     CheckpointNotFoundError,
     CorruptFileError,
@@ -36,11 +38,15 @@ from qexport.errors import (
 from qexport.events import Advanced, Event, Finished, Noted, Started
 from qexport.publishing.contents import plan_push
 from qexport.publishing.hub_client import HubError, Patience, StorageRefusedError
-from qexport.publishing.local_paths import TOLD_IN, without_local_paths
+from qexport.publishing.options import check_options
 from qexport.publishing.push import check_repo_id, push
 from qexport.publishing.sending import THREADS
-from qexport.publishing.spec import PushSpec
+from qexport.publishing.spec import PushRecipe, PushSpec
 from qexport.quantization.quantize import quantize
+from qexport.report.content import Measure, Report, Row, Sample
+from qexport.report.local_paths import without_local_paths
+from qexport.report.page import page
+from qexport.report.tables import report_markdown
 from qexport.specs import ShardSpec, spec_of
 from tests.conftest import RunCli
 from tests.hub_server import TOKEN, HubServer
@@ -50,6 +56,7 @@ SOON = Patience(first_wait=0.001, longest_wait=0.01)
 ONCE = Patience(attempts=1)
 ROOT = Path(__file__).resolve().parents[1]
 STORAGE = r"^/storage/"
+_left: list[Any] = []  # what was begun and is not to be tidied up
 
 
 @pytest.fixture(autouse=True)
@@ -88,9 +95,14 @@ def contents(directory: Path) -> dict[str, bytes]:
     files = (file for file in sorted(directory.rglob("*")) if file.is_file())
     found = {file.relative_to(directory).as_posix(): file for file in files}
     return {
-        name: without_local_paths(file) if name in TOLD_IN else file.read_bytes()
+        name: _told(file) if name in (MANIFEST_FILE, "report.json") else file.read_bytes()
         for name, file in found.items()
     }
+
+
+def _told(file: Path) -> bytes:
+    told = without_local_paths(json.loads(file.read_bytes()))
+    return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def recorded(directory: Path, **files: Any) -> Path:
@@ -591,8 +603,10 @@ def test_gguf_files_of_the_same_name_stay_apart(several: Path) -> None:
     paths = {item.path_in_repo for item in plan.uploads[0].items}
     assert {"m-Q4_K_M.gguf", "Modelfile.m-Q4_K_M"} <= paths
     assert {"gguf-other/M-q8_0.gguf", "gguf-other/Modelfile", "gguf-q8_0/m-Q8_0.gguf"} <= paths
-    (several / "Modelfile.m-Q4_K_M").write_text("mine")
-    with pytest.raises(SpecError, match=r"/Modelfile would both be Modelfile\.m-Q4_K_M in the repository"):
+    (several / "gguf-q8_0" / "Modelfile.m-Q4_K_M").write_text("mine")
+    (several / "gguf-q8_0" / "m-Q8_0.gguf").rename(several / "gguf-q8_0" / "n-Q8_0.gguf")
+    (several / "gguf-q8_0" / MANIFEST_FILE).unlink()
+    with pytest.raises(SpecError, match=r"would both be Modelfile\.m-Q4_K_M in the repository"):
         plan_push(several, PushSpec(layout="subfolders"))
 
 
@@ -609,7 +623,7 @@ def test_a_variant_of_one_name(several: Path, hub: HubServer, cli: RunCli) -> No
     ("options", "told"),
     [
         ({}, r"holds 4 variants \(bnb-4bit, gguf-q4_k_m, gguf-q8_0 and 1 more\); --layout branches"),
-        ({"variant": "q9"}, r"has no variant 'q9'; it has bnb-4bit, gguf-q4_k_m"),
+        ({"variant": "q9"}, r"there is no variant 'q9'; known are bnb-4bit, gguf-q4_k_m"),
         ({"layout": "branches", "revision": "x"}, "--revision with --layout branches"),
         ({"layout": "subfolders", "revision": "a b"}, "--revision 'a b' is no name that a branch"),
         ({"layout": "subfolders", "exclude": "*"}, "--exclude leaves nothing to push"),
@@ -618,6 +632,20 @@ def test_a_variant_of_one_name(several: Path, hub: HubServer, cli: RunCli) -> No
 def test_options_that_do_not_fit(several: Path, options: dict[str, Any], told: str) -> None:
     with pytest.raises(SpecError, match=told):
         plan_push(several, PushSpec.model_validate(options))
+
+
+def test_a_push_of_models_to_be_made_is_checked_without_them() -> None:
+    models = ("rtn-4bit", "main")
+    check_options(PushRecipe(repo_id=REPO, variant=("rtn-4bit",), layout="branches"), models)
+    check_options(PushRecipe(repo_id=REPO, revision="v2"), models)
+    for told, options in (
+        ("'bad..name' is no name that a branch can have", {"revision": "bad..name"}),
+        ("--revision with --layout branches", {"revision": "v2", "layout": "branches"}),
+        ("variant 'main' has a name that a branch of its own cannot have", {"layout": "branches"}),
+        ("no variant 'rtn-3bit'; known are rtn-4bit, main", {"variant": ["rtn-3bit"]}),
+    ):
+        with pytest.raises(SpecError, match=told):
+            check_options(PushRecipe.model_validate({"repo_id": REPO, **options}), models)
 
 
 def test_names_that_no_branch_can_have(several: Path) -> None:
@@ -745,6 +773,46 @@ def test_what_only_looks_like_a_secret_goes(model: Path) -> None:
     assert set(names) <= going
 
 
+def test_what_a_killed_run_left_does_not_go(model: Path, several: Path) -> None:
+    for out in (model, several, several / "hqq-3bit"):
+        # as a kill leaves them: entered, and never left
+        _left.append(StagedDirectory(out / "rtn-4bit"))
+        (_left[-1].path / "x").write_bytes(b"x")
+        for name in ("report.html", "a.gguf"):
+            _left.append(whole_file(out / name))
+            _left[-1].__enter__()
+    left = [file.name for file in model.iterdir() if file.name.startswith(".")]
+    assert len(left) == 3
+    for directory, options in ((model, {}), (several, {"layout": "subfolders"})):
+        spec = PushSpec.model_validate(options)
+        with pytest.raises(UnsafeFileError, match=r"is a cache or work under way") as caught:
+            plan_push(directory, spec)
+        assert str(caught.value).count("--exclude '.") == 3
+    (upload,) = plan_push(model, PushSpec(exclude=tuple(left))).uploads
+    whole = {name for name in contents(model) if not name.startswith(".")}
+    assert {item.path_in_repo for item in upload.items} == whole
+
+
+def test_beside_several_only_the_report_goes(several: Path) -> None:
+    (several / "private" / "deep").mkdir(parents=True)
+    (several / "private" / "deep" / "notes.txt").write_text("mine")
+    (several / "notes.txt").write_text("mine")
+    (several / ".env").write_text("A=1")  # goes nowhere: nothing to refuse
+    _left.append(StagedDirectory(several / "rtn-4bit"))
+    _left.append(whole_file(several / "report.html"))
+    _left[-1].__enter__()
+    (several / "bnb-4bit" / "loss_vs_bits.png").write_bytes(b"PNG")
+    for name in ("loss_vs_bits.png", "report.md", "loss_vs_size.svg"):
+        (several / name).write_text("")
+    for layout in ("subfolders", "branches"):
+        plan = plan_push(several, PushSpec.model_validate({"layout": layout}))
+        going = {item.path_in_repo for upload in plan.uploads for item in upload.items}
+        assert {"report.html", "README.md", "loss_vs_bits.png", "report.md", "loss_vs_size.svg"} <= going
+        assert not [path for path in going if "notes" in path or path.startswith((".", "scores"))]
+        (note,) = plan.notes  # our own plot beside a variant is no news
+        assert re.fullmatch(r"\.env, \.report\.html\.\w{8}, .* and 2 more: no part of .*, left behind", note)
+
+
 def test_a_pickle_that_qexport_wrote_goes(tmp_path: Path) -> None:
     made = recorded(tmp_path / "hqq", **renamed(config__json="{}", qmodel__pt=b"PK"))
     assert plan_push(made, PushSpec()).notes == (
@@ -775,8 +843,77 @@ def test_where_files_lay_on_a_disk_stays_there(llama: Path, tmp_path: Path, hub:
     assert not push(out, REPO, patience=SOON).revisions[0].changed
 
 
+def test_no_text_of_ours_tells_where_anything_lay(
+    several: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = several.parent
+    data, base = f"{home}/my data/held <out>.jsonl", f"{home}/secret/base"
+    told = [f"hf:{base}", "../secret/base", f"file://{base}", data, "~/secret/base", "C:\\secret\\base"]
+    rows = [
+        Row(
+            variant=name,
+            path=path,
+            method="rtn",
+            bits=4,
+            bits_per_weight=4.5,
+            size_bytes=9,
+            perplexity=Measure(value=3.0),
+            failures=(f"is not as good as {base}, by far",),
+        )
+        for name, path in (("full", base), ("bnb-4bit", "bnb-4bit"))
+    ]
+    report = Report(
+        qexport="0",
+        title=f"what {base} costs",
+        verdict=f"Nothing (of {base}) was lost; see http://host/a/page, read/write.",
+        rows=tuple(rows),
+        samples=(Sample(prompt="Where is /etc/hosts?", reference=None, answers={"full": "/etc/hosts"}),),
+        recipes={"perplexity": {"text": data, "tried": told}},
+        recipe_lines=(f"text={data}: {home}/secret/x", *told),
+    )
+    monkeypatch.setattr("qexport.report.page._vega", lambda: f"'{base}'")
+    (several / "report.json").write_text(report.model_dump_json())
+    (several / "report.md").write_text(report_markdown(report))
+    (several / "report.html").write_text(page(report).replace(f"'{base}'", "1"))
+    (several / "loss_vs_bits.svg").write_text(f"<svg><title>{data.replace('<', '&lt;')}</title></svg>")
+    section = f"<!-- qexport:begin -->\nof {base}\n<!-- qexport:end -->\n"
+    (several / "hqq-3bit" / "README.md").write_text(f"# Mine, {home}/x\n{section}")
+    before = {file: file.read_bytes() for file in several.rglob("*") if file.is_file()}
+    assert sum(b"secret" in content for content in before.values()) == 4
+    for layout in ("subfolders", "branches"):
+        events: list[Event] = []
+        push(several, REPO, PushSpec.model_validate({"layout": layout}), on_event=events.append)
+        notes = [event.text for event in events if isinstance(event, Noted)]
+        assert not [note for note in notes if "tells a path of this machine" in note]
+    for branch in hub.repositories[REPO].branches:
+        for path, content in hub.files(REPO, branch).items():
+            if path.endswith("README.md"):
+                content = content.replace(f"# Mine, {home}/x".encode(), b"# Mine")  # the user's word
+            assert str(home).encode() not in content, path
+            assert b"secret" not in content, path
+    files = hub.files(REPO)
+    assert b"host/a/page, read/write." in files["report.md"]
+    assert json.loads(files["report.json"])["samples"][0]["prompt"] == "Where is /etc/hosts?"
+    assert files["report.html"].count(b"/etc/hosts") >= 2
+    assert b"base costs" in files["report.html"]
+    assert b"held &lt;out&gt;.jsonl" in files["report.html"]
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_path_in_words_of_others_is_told(model: Path, hub: HubServer) -> None:
+    (model / "notes.md").write_text(f"made with: cd {model} && make")
+    (model / "other.md").write_text(f"made in {model}-2")
+    told = [note for note in plan_push(model, PushSpec()).notes if "machine" in note]
+    assert told == [f"notes.md tells a path of this machine, {model}: pushed as found"]
+
+
 def test_a_recipe_pushes_what_passes_the_gate(
-    llama: Path, text: Path, tmp_path: Path, hub: HubServer, cli: RunCli
+    llama: Path,
+    text: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    hub: HubServer,
+    cli: RunCli,
 ) -> None:
     recipe = {
         "base": str(llama),
@@ -789,14 +926,18 @@ def test_a_recipe_pushes_what_passes_the_gate(
     file.write_text(json.dumps(recipe))
     code, _, stderr = cli("export", file)
     assert code == 1
-    assert "nothing was pushed: rtn-2bit did not pass the gate" in stderr.splitlines()[-1]
+    assert "nothing was pushed: rtn-2bit did not pass the gate" in stderr
     assert REPO not in hub.repositories
     file.write_text(json.dumps({**recipe, "quantize": [{"method": "rtn", "bits": 8}]}))
     code, _, stderr = cli("export", file)
     assert code == 0, stderr
     files = hub.files(REPO)
-    assert "model.safetensors" in {path.split("/")[-1] for path in files}
-    assert not [path for path, content in files.items() if str(tmp_path).encode() in content]
+    assert {"README.md", "report.html", "report.json", "rtn-8bit/model.safetensors"} <= set(files)
+    home = str(tmp_path_factory.getbasetemp()).encode()
+    assert not [path for path, content in files.items() if home in content]
+    data: Any = ModelCard(files["README.md"].decode()).data
+    assert (data.library_name, "8-bit" in data.tags) == ("transformers", True)
+    assert {result.metric_name for result in data.eval_results or ()} >= {"Perplexity, rtn-8bit"}
 
 
 def test_a_recipes_push_is_checked_before_anything_runs(

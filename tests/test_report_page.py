@@ -243,7 +243,7 @@ def hostile_report() -> Report:
     """A report every text of which wants out."""
     rows = tuple(
         Row(
-            variant=f"{HOSTILE}{number}",
+            variant=f"{HOSTILE}{number}" if number else "full",
             path=HOSTILE,
             method=("none", HOSTILE)[number > 0],
             solver=HOSTILE,
@@ -357,6 +357,22 @@ def test_a_report_of_one_row_is_a_page_too(html: str) -> None:
     text = page(Report(qexport="1", title="one", verdict="none", rows=report.rows[:1]))
     assert "What they answer" not in text
     assert "Where the error sits" not in text
+
+
+def test_lower_bounds_and_full_precision_candidates_are_told_as_such(html: str) -> None:
+    report = realistic_report()
+    candidate = report.rows[1].model_copy(update={"method": "none", "kl_at_least": True})
+    text = page(report.model_copy(update={"rows": (report.rows[0], candidate, *report.rows[2:])}))
+    assert "≥\N{NO-BREAK SPACE}0.0009" in text
+    assert "≥ 0.0009 nats a token" in text  # a point's
+    assert "KL divergence to full, at least (nats a token)" in text
+    assert "≥" not in html.partition("<script")[0]
+    assert text.count('class="full"') == 1
+    assert f"<option>{candidate.variant}</option>" in text
+    data = json.loads(text.partition('id="data">')[2].partition("</script>")[0])
+    drawn = {point["variant"]: point["full"] for point in data["measures"][0]["points"]}
+    assert [name for name, full in drawn.items() if full] == ["full"]
+    assert candidate.variant in drawn
 
 
 def test_without_the_library_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from qexport.report.matrices import heat_map, pair_matrices
 from qexport.report.palette import LEVELS
 from qexport.report.pareto import pareto_front
 from qexport.report.plots import plots
-from qexport.report.verdict import verdict
+from qexport.report.verdict import keeps, verdict
 from tests.report_content import realistic_report
 
 
@@ -97,14 +97,51 @@ def test_a_difference_within_noise_is_a_tie() -> None:
 def test_no_tie_is_claimed_where_the_error_is_unknown() -> None:
     told = verdict((FULL, row("q6_k", 410, 0.001, None)), (tie("q6_k", "q5", error=None),))
     assert "tie" not in told
-    assert "how much of it is noise is not known" in told
+    assert "keeps" not in told
+    assert told.startswith("What q6_k loses cannot be told: how much of the perplexity is noise is not known")
+
+
+def test_a_little_luck_does_not_keep_more_than_all() -> None:
+    told = verdict((FULL, row("q8", 530, -0.02, 0.005)), ())
+    assert "tie" in told
+    assert keeps(row("q8", 530, -0.02, 0.005)) == 1
+    # two tokens: perplexity fell to a third, and nobody knows how much of it is noise
+    told = verdict((FULL, row("rtn-2bit", 530, -0.63, None)), ())
+    assert told.startswith("What rtn-2bit loses cannot be told")
+    assert "keeps" not in told
+
+
+def test_what_predicts_other_text_is_changed_whatever_its_perplexity() -> None:
+    far = row("rtn-4bit", 530, -0.029, 0.039, kl=Measure(value=0.92), same_top=Measure(value=0.32))
+    told = verdict((FULL, far), ())
+    assert told == (
+        "rtn-4bit predicts other text than the full model (KL divergence 0.92, the same likeliest token 32 % "
+        "of the time), whatever its perplexity."
+    )
+    bound = row("b", 530, 0.001, 0.001, kl=Measure(value=0.6), kl_at_least=True)
+    top = row("a", 530, 0.001, 0.001, same_top=Measure(value=0.4))
+    told = verdict((FULL, top, bound, row("q4", 290, 0.0111)), (tie("q4", "b"), tie("q4", "a")))
+    assert "q4 keeps 98.9 %" in told
+    assert "as well" not in told
+    assert "a and b predict other text than the full model (b: KL divergence at least 0.60)" in told
+
+
+def test_a_full_precision_candidate_is_a_variant_as_all_others() -> None:
+    tuned = row("tuned", 1000, 0.011, bits=16, failures=("no",)).model_copy(update={"method": "none"})
+    told = verdict((FULL, tuned), ())
+    assert told == (
+        "tuned keeps 98.9 % at 100 % of the size: perplexity +1.1 % ±0.2. "
+        "1 of 1 variants fails a gate: tuned."
+    )
+    report = Report(qexport="1", title="t", verdict=told, rows=(FULL, tuned))
+    assert measured(report)[0].key == "loss"
+    assert [point.value for point in points(report, AXES[0])] == pytest.approx([0, 1.1])
 
 
 def test_what_is_better_than_full_precision_is_another_model() -> None:
     told = verdict((FULL, row("other", 290, -0.6, 0.02), row("q4", 290, 0.02, 0.001)), ())
     assert told.startswith("other scores better than the full model (other: perplexity -60 % ±4)")
     assert "q4 keeps 98.0 %" in told
-    assert "keeps 2" not in told
     luck = verdict((FULL, row("q8", 530, -0.002, 0.0005)), ())  # quantization's own
     assert "made of another one" not in luck
 
@@ -112,6 +149,8 @@ def test_what_is_better_than_full_precision_is_another_model() -> None:
 def test_wide_error_bars_are_no_praise() -> None:
     told = verdict((FULL, row("q4", 290, 0.02, 0.1)), ())
     assert "tie" not in told
+    assert "keeps" not in told
+    assert "What q4 loses cannot be told" in told
     assert "differences of perplexity below 20 % cannot be told from noise" in told
 
 
@@ -257,6 +296,30 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'qexport\[report\]'"):
         plots(realistic_report())
+
+
+def test_lower_bounds_of_the_divergence_are_told_as_such() -> None:
+    bound = row("q4", 290, 0.01, kl=Measure(value=0.03), kl_p99=0.2, kl_at_least=True)
+    report = Report(qexport="1", title="t", verdict="v", rows=(FULL, bound, row("q5", 300, 0.01)))
+    found = {column.key: column.cell(bound) for column in columns(report)}
+    assert (found["kl"].text, found["kl"].order) == ("≥\N{NO-BREAK SPACE}0.0300", 0.03)
+    assert found["kl_p99"].text == "≥\N{NO-BREAK SPACE}0.200"
+    assert "KL divergence to full, at least" in [axis.label for axis in measured(report)]
+    whole = report.model_copy(update={"rows": (FULL, bound.model_copy(update={"kl_at_least": False}))})
+    assert "KL divergence to full" in [axis.label for axis in measured(whole)]
+
+
+def test_numbers_past_all_scales_are_told_and_not_drawn() -> None:
+    huge = row("q2", 200, 1e304, 1e304, bits=2, kl=Measure(value=float("inf")), kl_p99=float("inf"))
+    report = Report(qexport="1", title="t", verdict="v", rows=(FULL, row("q4", 290, 0.01), huge))
+    for axis in measured(report):
+        scale = loss_scale(points(report, axis), axis)
+        assert all(abs(edge) < 1e99 for edge in scale.domain)
+    found = {column.key: column.cell(huge) for column in columns(report)}
+    assert (found["kl"].text, found["kl_p99"].text) == ("∞", "∞")
+    assert all(len(cell.text or "") + len(cell.extra) < 20 for cell in found.values())
+    pair = tie("q4", "q2").model_copy(update={"measure": "kl", "difference": float("inf")})
+    assert pair_matrices((pair,), ["q4", "q2"])
 
 
 def test_what_is_not_finite_breaks_the_model_and_nothing_else() -> None:

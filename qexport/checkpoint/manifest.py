@@ -212,6 +212,6 @@ def add_figures(directory: Path, figures: Mapping[str, Any]) -> None:
     """Adds measured figures to an output's manifest; a directory without one is left alone."""
     manifest = read_manifest(directory)
     if manifest:
-        manifest["figures"] = {**manifest.get("figures", {}), **figures}
+        manifest["figures"] = {**read_figures(directory), **figures}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         write_file_atomically(directory / MANIFEST_FILE, text)

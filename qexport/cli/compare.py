@@ -10,6 +10,7 @@ import click
 from qexport.cli.export import run_recipe, show_plan
 from qexport.cli.options import make_spec, spec_options
 from qexport.cli.output import Output, output_options
+from qexport.cli.report_table import check_junit
 from qexport.specs import METHODS, SOLVERS, VerifySpec, split_list
 
 # what the variants' own fields are left with: each is asked for by --method, --bits and --type
@@ -25,7 +26,12 @@ _OWN = ("method", "solver", "bits", "type", "format", *VerifySpec.model_fields)
 @click.option("-a", "--adapter", "adapters", multiple=True, help="adapter to merge first; repeatable")
 @click.option("--method", "methods", multiple=True, help=f"methods to try, a,b,c of {', '.join(METHODS)}")
 @click.option("--bits", multiple=True, help="bits to try each with, e.g. 8,4,3,2; default: the method's own")
-@click.option("--type", "types", multiple=True, help="gguf: types and mixes to try, e.g. q8_0,q4_k_m")
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    help="gguf: types and mixes to try, e.g. q8_0,q4_k_m, in place of --bits",
+)
 @click.option(
     "--solver", "solvers", multiple=True, help="solvers to try each with; default: the method's own"
 )
@@ -66,6 +72,7 @@ def compare(
     Exits with 1 when a variant does not pass --max-loss, --max-kl or --min-bleu.
     """
     out = Output(as_json, quiet)
+    check_junit(junit)
     verify = make_spec(
         VerifySpec, {k: v for k, v in given.items() if k in VerifySpec.model_fields}, "compare"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from qexport.cli.output import Output, output_options
-from qexport.cli.report_table import show_report, write_junit
+from qexport.cli.report_table import check_junit, show_report, write_junit
 from qexport.sizes import format_size
 
 if TYPE_CHECKING:
@@ -18,10 +18,13 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Run a recipe: merge, shard, quantize, verify, report.")
 @click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--junit", type=click.Path(path_type=Path), help="write the gates to this file as JUnit XML")
 @click.option("--dry-run", is_flag=True, help="print what would run, and how large it gets")
 @click.option("--trust-remote-code", is_flag=True, help="run the code that the model brings")
 @output_options
-def export(recipe: Path, dry_run: bool, trust_remote_code: bool, as_json: bool, quiet: bool) -> None:
+def export(
+    recipe: Path, junit: Path | None, dry_run: bool, trust_remote_code: bool, as_json: bool, quiet: bool
+) -> None:
     """Run RECIPE, a YAML file. Steps whose results stand are skipped.
 
     An export file of LLaMA-Factory or SWIFT will do: it makes the one model that it asks for.
@@ -32,11 +35,12 @@ def export(recipe: Path, dry_run: bool, trust_remote_code: bool, as_json: bool, 
     out = Output(as_json, quiet)
     from qexport.graph.recipe import read_recipe
 
+    check_junit(junit)
     parsed = read_recipe(recipe)
     if dry_run:
         show_plan(parsed, out, trust_remote_code=trust_remote_code)
     else:
-        run_recipe(parsed, out, trust_remote_code=trust_remote_code)
+        run_recipe(parsed, out, trust_remote_code=trust_remote_code, junit=junit)
 
 
 def show_plan(recipe: AnyRecipe, out: Output, *, trust_remote_code: bool = False) -> None:

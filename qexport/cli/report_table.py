@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def show_report(report: Report, out: Output, data: dict[str, Any], directory: Path) -> None:
     """The table, and on stderr the verdict, what it was measured on, and where the files lie."""
-    from qexport.report.files import PAGE_FILE
+    from qexport.report.files import PAGE_FILE, TABLE_FILE
     from qexport.report.tables import table
 
     columns, rows = table(report.rows, short=True)
@@ -22,7 +22,7 @@ def show_report(report: Report, out: Output, data: dict[str, Any], directory: Pa
     for line in (
         report.verdict,
         *report.recipe_lines,
-        f"report: {page if page.is_file() else directory / 'report.md'}",
+        f"report: {page if page.is_file() else directory / TABLE_FILE}",
     ):
         out.note(line)
 
@@ -33,3 +33,11 @@ def write_junit(report: Report, file: Path) -> None:
     from qexport.report.junit import junit
 
     write_file_atomically(file, junit(report))
+
+
+def check_junit(file: Path | None) -> None:
+    """Raises SpecError, before the long job, for a place where no file can be written."""
+    from qexport.errors import SpecError
+
+    if file is not None and (file.is_dir() or (file.parent.exists() and not file.parent.is_dir())):
+        raise SpecError(f"--junit {file}", expected="a file to write")

@@ -133,7 +133,11 @@ def _show_loss(out: Output, result: VerifyResult) -> None:
     if kl := result.candidate.divergence:
         out.result({}, f"KL\t{format_kl(kl.mean, kl.standard_error)}")
         out.result({}, f"same top token\t{100 * kl.same_top:.2f}%")
-    for line in recipe_lines(result.reference):
+    for runtime, speed in result.candidate.speeds.items():
+        out.result({}, f"tokens/s in {runtime}\t{speed:.1f}")
+    for task, score in result.candidate.tasks.items():
+        out.result({}, f"{task}\t{score.value:.4f} ±{score.standard_error:.4f}")
+    for line in recipe_lines(result.reference, result.candidate):
         out.note(line)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qexport.calibrate.texts import read_documents
 from qexport.checkpoint.checkpoint import open_directory
 from qexport.checkpoint.disk import exists
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.staging import require_space
-from qexport.errors import OutputExistsError, RecipeError
+from qexport.errors import CalibrationError, OutputExistsError, RecipeError
 from qexport.events import Event, Noted, OnEvent, ignore
 from qexport.formats.gguf.text_model import text_and_skeleton
 from qexport.formats.opening import open_checkpoint
@@ -34,9 +35,12 @@ from qexport.modeling.tokenizer import load_tokenizer
 from qexport.publishing.spec import PushRecipe
 from qexport.quantization.quantize import planned_size
 from qexport.report.rows import FULL
-from qexport.specs import METHODS, AnyQuantizeSpec, CalibrationSpec, ShardSpec
-from qexport.verification.evaluate import evaluation_data
-from qexport.verification.prompts import read_prompts
+from qexport.specs import METHODS, AnyQuantizeSpec, CalibrationSpec, ShardSpec, VerifySpec
+from qexport.verification.evaluate import FEW_TOKENS, evaluation_data, evaluation_prompts
+from qexport.verification.kinship import require_same_shape
+from qexport.verification.lm_tasks import require_harness
+
+_LEAST_TOKENS = 100
 
 
 @dataclass(frozen=True)
@@ -165,6 +169,8 @@ def _named(specs: Sequence[AnyQuantizeSpec]) -> Iterator[tuple[str, AnyQuantizeS
 
 def _candidates(candidates: Sequence[str], taken: set[str]) -> Iterator[tuple[str, str]]:
     """Each finished model, a local path from here on, with a name of its own: its file's or directory's."""
+    if twice := next((name for name in candidates if candidates.count(name) > 1), None):
+        raise RecipeError(f"{twice} is to be measured twice")
     for candidate in candidates:
         path = Path(candidate) if exists(Path(candidate)) else resolve(candidate)
         stem = path.stem if path.is_file() else path.absolute().name
@@ -231,22 +237,41 @@ def plan(job: Job, *, trust_remote_code: bool = False, on_event: OnEvent = ignor
     return planned
 
 
+def _require_tokens(spec: VerifySpec, tokenizer: Any) -> None:
+    """Raises CalibrationError for a text that is too short for any comparison."""
+    text, _ = evaluation_data(spec)
+    found = 0
+    for document in read_documents(text)[: spec.max_documents]:
+        found += max(len(tokenizer(document).input_ids) - 1, 0)
+        if found >= _LEAST_TOKENS:
+            return
+    raise CalibrationError(
+        f"{spec.text or text} has {found} tokens to score",
+        expected=f"at least {_LEAST_TOKENS}; a loss of some per cent shows from {FEW_TOKENS} on",
+    )
+
+
 def _check_inputs(job: Job, base: Path, trust_remote_code: bool) -> Skeleton | None:
     """Reads the texts that the tasks will; the skeleton, if any of them needs the model's structure."""
     for spec in dict.fromkeys(task.spec for task in job.tasks if isinstance(task, VerifyTask)):
-        text, pairs = evaluation_data(spec)
+        text, _ = evaluation_data(spec)
         read_documents(text)
-        if pairs:
-            read_prompts(pairs)
+        evaluation_prompts(spec)
     specs = [task.spec for task in job.tasks if isinstance(task, (QuantizeTask, VerifyTask))]
     if not specs:
         return None
+    _, skeleton = text_and_skeleton(open_checkpoint(base), trust_remote_code=trust_remote_code)
     for task in job.tasks:  # finished models: headers only
         if isinstance(task, VerifyTask) and task.reference and isinstance(task.source, str):
-            open_checkpoint(task.source)
-    _, skeleton = text_and_skeleton(open_checkpoint(base), trust_remote_code=trust_remote_code)
+            _, theirs = text_and_skeleton(open_checkpoint(task.source), trust_remote_code=trust_remote_code)
+            require_same_shape(theirs, skeleton, (task.source, str(base)))
     if job.report:
         architecture_of(skeleton.model_type)
     if job.report or any(isinstance(spec, CalibrationSpec) for spec in specs):
-        load_tokenizer(base, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(base, trust_remote_code=trust_remote_code)
+        for asked in specs:
+            if isinstance(asked, VerifySpec):
+                _require_tokens(asked, tokenizer)
+                if asked.tasks:
+                    require_harness()
     return skeleton

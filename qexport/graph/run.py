@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qexport.errors import GateError
-from qexport.events import OnEvent, ignore
+from qexport.events import Noted, OnEvent, ignore
 from qexport.graph.build import build, plan
 from qexport.graph.foreign import ModelRecipe
 from qexport.graph.recipe import AnyRecipe, ExportRecipe, read_recipe
+from qexport.graph.scoring import PushTask
 from qexport.graph.tasks import Context, Task
 from qexport.report.content import Report
 
@@ -57,6 +58,14 @@ def export(
         recipe = read_recipe(Path(recipe))
     job = build(recipe, on_event=on_event)
     plan(job, trust_remote_code=trust_remote_code)
+    for task in job.tasks:
+        if isinstance(task, PushTask):
+            task.check_login()
+    if job.report and (left := job.report.left_out()):
+        told = (
+            f"not in this report are {', '.join(left)} of earlier runs; name them as candidates to have them"
+        )
+        on_event(Noted(told))
     context = Context(on_event, trust_remote_code)
     ran: list[str] = []
     skipped: list[str] = []

@@ -13,37 +13,45 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from qexport.checkpoint.checkpoint import read_json
-from qexport.checkpoint.disk import exists
+from qexport.checkpoint.checkpoint import CONFIG_FILE, read_json
+from qexport.checkpoint.disk import exists, is_file
+from qexport.checkpoint.gguf_files import gguf_files
 from qexport.checkpoint.manifest import add_figures, read_figures, read_manifest
 from qexport.checkpoint.staging import write_file_atomically
-from qexport.errors import GateError, QexportError
+from qexport.errors import CorruptFileError, OutputExistsError, QexportError
+from qexport.events import Noted
 from qexport.formats.opening import open_checkpoint
-from qexport.graph.tasks import Context, QuantizeTask, Source, Task, path_of
+from qexport.graph.tasks import Context, ModelTask, QuantizeTask, Source, Task, noted_card, path_of
+from qexport.publishing.options import check_options
 from qexport.publishing.push import check_repo_id, push, require_token
 from qexport.publishing.spec import PushRecipe, PushSpec
 from qexport.report.card import write_card
+from qexport.report.card_several import write_card_of_several
 from qexport.report.content import Report
 from qexport.report.files import CARD_PLOT, require_own, write_report
 from qexport.report.layer_errors import layer_errors
 from qexport.report.rows import FULL, Variant, make_report
 from qexport.results import Evaluation
 from qexport.specs import SOLVERS, VerifySpec
-from qexport.verification.evaluate import Reference, evaluate, evaluate_recipe, evaluation_data
-from qexport.verification.prompts import read_prompts
+from qexport.verification.evaluate import Reference, evaluate, evaluate_recipe, evaluation_prompts
 
 _LOGITS = ".logits"
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """The content of a file of scores."""
+    """The content of a file of scores: what they were made of, and the hash of the scores themselves."""
 
     key: str
+    digest: str
     scores: Evaluation
 
 
 _KEPT = TypeAdapter(_Kept)
+
+
+def _digest(scores: Any) -> str:
+    return hashlib.sha256(json.dumps(scores, sort_keys=True).encode()).hexdigest()
 
 
 def _worded(data: Any) -> Any:
@@ -86,11 +94,21 @@ class VerifyTask(Task):
         return hashlib.sha256(f"{key} {self.reference.key()}".encode()).hexdigest()
 
     def stands(self) -> bool:
-        """By the key that the scores carry."""
+        """By the key that the scores carry, and their hash: who changes a number has it measured again."""
         try:
-            return self.out.is_file() and read_json(self.out).get("key") == self.key()
+            return self.out.is_file() and self._kept().key == self.key()
         except QexportError:
             return False
+
+    def _kept(self) -> _Kept:
+        content = read_json(self.out)
+        try:
+            kept = _KEPT.validate_python(content)
+        except ValidationError as error:
+            raise CorruptFileError(f"{self.out} holds no scores of qexport's") from error
+        if kept.digest != _digest(content["scores"]):
+            raise CorruptFileError(f"{self.out} was changed since qexport wrote it")
+        return kept
 
     def run(self, context: Context) -> None:
         """See `evaluate`."""
@@ -98,21 +116,24 @@ class VerifyTask(Task):
         scores = evaluate(
             path_of(self.source),
             self.spec,
-            reference=Reference(reference.scores(), reference.logits, context.trust_remote_code)
+            reference=Reference(
+                reference.scores(), reference.logits, _given_path(reference.source), context.trust_remote_code
+            )
             if reference
             else None,
             keep_logits=None if reference else self.logits,
             trust_remote_code=context.trust_remote_code,
             on_event=context.on_event,
         )
-        content = json.dumps(_worded(asdict(_Kept(self.key(), scores))), indent=1, ensure_ascii=False)
-        write_file_atomically(self.out, content + "\n")
+        told = _worded(asdict(scores))
+        content = {"key": self.key(), "digest": _digest(told), "scores": told}
+        write_file_atomically(self.out, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         if isinstance(self.source, Task):
             add_figures(self.source.out, _figures(scores))
 
     def scores(self) -> Evaluation:
-        """The result, read back."""
-        return _KEPT.validate_python(read_json(self.out)).scores
+        """The result, read back. Raises CorruptFileError where somebody changed it."""
+        return self._kept().scores
 
 
 def _figures(scores: Evaluation) -> dict[str, Any]:
@@ -135,10 +156,18 @@ def _costs(source: Source) -> dict[str, Any]:
     """What it took to make `source` and the models that it was made of: time in all, memory at most."""
     if not isinstance(source, Task):
         return {}
-    steps = [read_figures(source.out), *(_costs(need) for need in source.needs)]
+    steps = [_own_costs(source.out), *(_costs(need) for need in source.needs)]
     seconds = [step["seconds"] for step in steps if "seconds" in step]
     peaks = [step["peak_bytes"] for step in steps if "peak_bytes" in step]
     return {"seconds": sum(seconds), "peak_bytes": max(peaks)} if seconds and peaks else {}
+
+
+def _own_costs(directory: Path) -> dict[str, Any]:
+    """What an output's manifest tells of its making, as far as that is numbers."""
+    figures = read_figures(directory)
+    return {
+        key: figures[key] for key in ("seconds", "peak_bytes") if isinstance(figures.get(key), (int, float))
+    }
 
 
 @dataclass(frozen=True)
@@ -159,14 +188,28 @@ class ReportTask(Task):
         return False
 
     def check(self) -> None:
-        """Raises OutputExistsError when a report lies there that is not ours."""
+        """Raises OutputExistsError for a report that is not ours, and for what is a model or a file."""
+        for place in (self.out, *self.out.absolute().parents):
+            if exists(place) and not place.is_dir():
+                raise OutputExistsError(f"{place} is no directory", remedy="choose another output")
+        if is_file(self.out / CONFIG_FILE) or gguf_files(self.out):
+            raise OutputExistsError(
+                f"{self.out} is a model",
+                expected="a directory for the report and all variants",
+                remedy="choose another output",
+            )
         require_own(self.out)
+
+    def left_out(self) -> list[str]:
+        """Models of ours that lie there with scores, and that this report is not about."""
+        known = {verified.out.stem for verified in (self.reference, *self.variants)}
+        scores = sorted(self.out.glob("scores/*.json"))
+        return [file.stem for file in scores if file.stem not in known]
 
     def report(self) -> Report:
         """The full-precision model first, then the variants in the recipe's order."""
         spec = self.reference.spec
-        _, pairs = evaluation_data(spec)
-        prompts = read_prompts(pairs)[: spec.max_pairs] if pairs else ()
+        prompts = evaluation_prompts(spec)
         return make_report(
             self.title,
             Variant(
@@ -190,7 +233,7 @@ class ReportTask(Task):
             path=self._place(verified),
             settings=settings,
             scores=verified.scores(),
-            costs=read_figures(path if path.is_dir() else path.parent),
+            costs=_own_costs(path) if path.is_dir() else {},
             layer_errors=layer_errors(path),
         )
 
@@ -207,8 +250,9 @@ class ReportTask(Task):
         plot = self.out / CARD_PLOT
         drawn = plot.read_bytes() if plot.is_file() else None
         for verified in self.variants:
-            if isinstance(verified.source, Task):
-                write_card(verified.source.out, report, verified.source.name, drawn)
+            if isinstance(made := verified.source, Task):
+                noted_card(context.on_event, write_card, made.out, report, made.name, drawn)
+        noted_card(context.on_event, write_card_of_several, self.out, report)
         self.reference.logits.unlink(missing_ok=True)
 
 
@@ -229,16 +273,34 @@ class PushTask(Task):
         return False
 
     def check(self) -> None:
-        """Raises SpecError for a repository id that is none, HubError where nobody is logged in."""
+        """Raises SpecError for a repository id that is none, and for options that cannot be."""
         check_repo_id(self.spec.repo_id)
+        check_options(self.spec, [task.out.name for task in _made(self.report)])
+
+    def check_login(self) -> None:
+        """Raises HubError where nobody is logged in."""
         require_token()
 
     def run(self, context: Context) -> None:
-        """See `push`. Raises GateError, and pushes nothing, when a variant does not pass its gates."""
+        """See `push`. Pushes nothing, and says so, when a variant does not pass its gates."""
         if failing := [row.variant for row in self.report.report().rows if row.failures]:
-            raise GateError(f"nothing was pushed: {', '.join(failing)} did not pass the gate")
+            told = f"nothing was pushed: {', '.join(failing)} did not pass the gate"
+            context.on_event(Noted(told))
+            return
         spec = PushSpec.model_validate(self.spec.model_dump(exclude={"repo_id"}))
         push(self.out, self.spec.repo_id, spec, on_event=context.on_event)
+
+
+def _made(report: ReportTask) -> list[Task]:
+    """The models that are made for a report, in the directory that it lies in."""
+    found: list[Task] = []
+    waiting: list[Task] = [report]
+    while waiting:
+        task = waiting.pop()
+        waiting += task.needs
+        if isinstance(task, ModelTask) and task not in found:
+            found.append(task)
+    return found
 
 
 def _given_path(source: Source) -> Path:
@@ -251,11 +313,14 @@ def _given_path(source: Source) -> Path:
 def _settings(path: Path) -> Mapping[str, Any]:
     """How a finished model was made: as its manifest has it, or as far as its files tell."""
     manifest = read_manifest(path if path.is_dir() else path.parent)
+    files = manifest.get("files")
+    if path.is_file() and not (isinstance(files, dict) and path.name in files):
+        manifest = {}  # it lies beside an output, and is none of it
     recipe, figures = manifest.get("recipe"), manifest.get("figures")
     options = recipe.get("options") if isinstance(recipe, dict) else None
-    if isinstance(options, dict) and options.get("solver") in SOLVERS:
-        files = figures.get("files") if isinstance(figures, dict) else None
-        told = files.get(path.name) if isinstance(files, dict) else None
+    if isinstance(options, dict) and str(options.get("solver")) in SOLVERS:
+        types = figures.get("files") if isinstance(figures, dict) else None
+        told = types.get(path.name) if isinstance(types, dict) else None
         if isinstance(told, dict):  # one of several GGUF files
             options = {**options, "type": [told.get("type")]}
         spec = SOLVERS[options["solver"]]
@@ -263,5 +328,6 @@ def _settings(path: Path) -> Mapping[str, Any]:
         with contextlib.suppress(ValidationError):
             return {**own, "bits": spec.model_validate(own).width}
     quantization = open_checkpoint(path).quantization or {}
-    method = quantization.get("quant_method")
-    return {"method": method, "format": method, "bits": quantization.get("bits")}
+    method, bits = quantization.get("quant_method"), quantization.get("bits")
+    method = method if isinstance(method, str) else None
+    return {"method": method, "format": method, "bits": bits if isinstance(bits, (int, float)) else None}

@@ -7,8 +7,10 @@ its options and qexport's version, and when every file still has its hash.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qexport.checkpoint.disk import exists, is_file
 from qexport.checkpoint.hub import resolve
@@ -21,8 +23,8 @@ from qexport.checkpoint.manifest import (
 )
 from qexport.checkpoint.resharding import shard, shard_recipe
 from qexport.checkpoint.staging import check_target
-from qexport.errors import OutputExistsError
-from qexport.events import OnEvent
+from qexport.errors import OutputExistsError, QexportError
+from qexport.events import Noted, OnEvent
 from qexport.measure import Measured
 from qexport.merging.adapter import split_weight
 from qexport.merging.merge import merge, merge_recipe
@@ -34,8 +36,6 @@ from qexport.specs import (
     ShardSpec,
 )
 
-REPORT_FILES = ("report.json", "report.md")
-
 
 @dataclass(frozen=True)
 class Context:
@@ -43,6 +43,14 @@ class Context:
 
     on_event: OnEvent
     trust_remote_code: bool = False
+
+
+def noted_card(on_event: OnEvent, write: Callable[..., None], *given: Any) -> None:
+    """Writes a model card; what keeps it from that (a user's own that cannot be read) is but a note."""
+    try:
+        write(*given)
+    except QexportError as error:
+        on_event(Noted(f"no model card: {error}"))
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,7 @@ class ModelTask(Task):
             self.make(context, overwrite=self._ours())
         costs = {"seconds": round(cost.seconds, 3), "peak_bytes": cost.peak_bytes}
         add_figures(self.out, costs)
-        write_card(self.out)
+        noted_card(context.on_event, write_card, self.out)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from qexport.errors import SpecError
 from qexport.methods import method_of
-from qexport.specs import METHODS, SOLVERS, AnyQuantizeSpec, Bits, spec_of
+from qexport.specs import METHODS, SOLVERS, AnyQuantizeSpec, Bits, CalibrationSpec, spec_of
 
 _GGUF = "gguf"
+_HEEDED = ("imatrix", *CalibrationSpec.model_fields)
 
 
 def variant_specs(
@@ -96,11 +97,13 @@ def _spec(
     """The spec, with those of the options that it has; None for what the method has not."""
     called = " ".join([method, *(f"{value}" for value in (solver,) if value)])
     try:
-        bare = spec_of(method, solver=solver, **asked)
+        # for GGUF, who gives a text or a matrix wants it heeded, as `qexport quantize` does
+        heeded = {name: options[name] for name in options if method == _GGUF and name in _HEEDED}
+        bare = spec_of(method, solver=solver, **asked, **({} if solver else heeded))
         own = {name: value for name, value in options.items() if name in type(bare).model_fields}
         if method == _GGUF:
             own = {name: value for name, value in own.items() if name not in ("group_size", "symmetric")}
-        spec = spec_of(method, solver=solver, **asked, **own)
+        spec = spec_of(method, solver=solver or bare.solver, **asked, **own)
         if method != _GGUF:
             method_of(spec, {})
     except SpecError as error:
@@ -110,6 +113,8 @@ def _spec(
         return None
     except ValidationError as error:
         first = error.errors()[0]
-        raise SpecError(f"--{str(first['loc'][0]).replace('_', '-')}: {first['msg']}") from error
+        name = str(first["loc"][0])
+        message = first["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+        raise SpecError(f"--{name.replace('_', '-')} {options.get(name, '')}: {message}") from error
     taken.update(own)
     return spec

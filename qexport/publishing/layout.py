@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qexport.errors import SpecError
-from qexport.publishing.local_paths import TOLD_IN, without_local_paths
+from qexport.publishing.cleaning import cleaned, first_told, may_tell_paths
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 
@@ -55,11 +55,16 @@ class Plan:
 
 @dataclass
 class Part:
-    """The files of one output, or those beside the variants, as they lie."""
+    """The files of one output, or those beside the variants, as they lie.
+
+    `files` are relative to `directory`; `local` are this machine's paths that do not go along, and what is
+    told in their place: see `cleaning`.
+    """
 
     name: str
     directory: Path
-    files: list[Path] = field(default_factory=list)  # relative to `directory`
+    files: list[Path] = field(default_factory=list)
+    local: Mapping[str, str] = field(default_factory=dict)
 
     def items(self, prefix: str = "") -> list[Item]:
         """Each file under `prefix`."""
@@ -68,10 +73,15 @@ class Part:
     def item(self, file: Path, path_in_repo: str) -> Item:
         """One file under another path."""
         path = self.directory / file
-        if file.as_posix() in TOLD_IN:
-            content = without_local_paths(path)
-            return Item(path_in_repo, path, len(content), content)
-        return Item(path_in_repo, path, path.stat().st_size)
+        content = cleaned(path, file.as_posix(), self.local)
+        return Item(path_in_repo, path, path.stat().st_size if content is None else len(content), content)
+
+
+def told_place(item: Item, places: Iterable[Path]) -> Path | None:
+    """The first of the `places` on this machine that a text tells, as it would go."""
+    if not may_tell_paths(item.path_in_repo, item.size):
+        return None
+    return first_told(item.path.read_bytes() if item.content is None else item.content, places)
 
 
 def side_by_side(parts: Sequence[Part]) -> list[Item]:

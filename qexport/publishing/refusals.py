@@ -53,10 +53,9 @@ _CACHES = (
     "*.lock",
     "*.tmp",
     "*.incomplete",
-    ".*.partial-*",  # what a killed run of ours leaves, until the next one
-    ".*.old-*",
-    ".*.new-*",
+    ".*.qexport-*",  # what a killed run of ours leaves, until the next one: StagedDirectory's
 )
+_UNFINISHED = re.compile(r"\..+\.\w+\.[a-z0-9_]{8}")  # and whole_file's
 _TRAINING = (
     "optimizer*",
     "scheduler.pt",
@@ -101,7 +100,7 @@ def refused_name(path: Path) -> Finding | None:
             _SECRET_WORDS & set(re.split(r"[^a-z]+", name))
         ):
             return Finding(at, "may be a secret", part)
-        if any(fnmatch(name, pattern) for pattern in _CACHES):
+        if any(fnmatch(name, pattern) for pattern in _CACHES) or _UNFINISHED.fullmatch(name):
             return Finding(at, "is a cache or work under way", part)
         if any(fnmatch(name, pattern) for pattern in _TRAINING):
             return Finding(at, "is the state of a training", part)

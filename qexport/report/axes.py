@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from qexport.report.content import Interval, Measure, Report, Row
+from qexport.report.content import Interval, Measure, Report, Row, Z
 from qexport.report.pareto import pareto_front
 
-Z = 1.96  # standard errors to either side hold 95 % of a normal distribution
 Triple = tuple[float, float, float]  # value, low, high
+_MOST = 1e100  # what a broken model's numbers may exceed; scales do not bear the products
 
 
 @dataclass(frozen=True)
@@ -58,23 +58,18 @@ class Scale:
         return math.copysign(math.log1p(abs(value) / self.constant), value)
 
 
-def is_full(row: Row) -> bool:
-    """Is this the full-precision model's row?"""
-    return row.method == "none"
-
-
 def bars(measure: Measure | None, factor: float = 1.0) -> Triple | None:
     """A measure and its 95 % interval, times `factor`; no bars where the error is unknown."""
-    if measure is None or not math.isfinite(measure.value):
+    if measure is None or not abs(measure.value) < _MOST:
         return None
     error = Z * (measure.standard_error or 0.0)
-    error = error if math.isfinite(error) else 0.0
+    error = error if error < _MOST else 0.0
     return factor * measure.value, factor * (measure.value - error), factor * (measure.value + error)
 
 
 def _itself(row: Row, found: Triple | None, best: float) -> Triple | None:
     """The full model's distance to itself need not be measured."""
-    return (best, best, best) if found is None and is_full(row) else found
+    return (best, best, best) if found is None and row.is_full else found
 
 
 def _other_top(row: Row) -> Triple | None:
@@ -110,9 +105,16 @@ COSTS: dict[str, Callable[[Row], float]] = {
 
 
 def measured(report: Report) -> list[Axis]:
-    """The measures that some quantized row has, the usual one first; of a report without one, perplexity."""
-    rows = [row for row in report.rows if not is_full(row)]
+    """The measures that some variant has, the usual one first; of a report without one, perplexity.
+
+    Where divergences are lower bounds, their axis says so.
+    """
+    rows = [row for row in report.rows if not row.is_full]
     found = [axis for axis in AXES if any(axis.of(row) for row in rows)]
+    if any(row.kl_at_least for row in rows):
+        found = [
+            replace(axis, label=f"{axis.label}, at least") if axis.key == "kl" else axis for axis in found
+        ]
     return found or [axis for axis in AXES if axis.key == "perplexity"]
 
 

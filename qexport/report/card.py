@@ -18,6 +18,7 @@ from qexport.report.card_facts import PLOT_FILE, CardFacts, card_facts
 from qexport.report.card_file import CARD_FILE, EMPTY, Card, merged, read_card
 from qexport.report.card_metadata import card_metadata
 from qexport.report.content import Report, Row
+from qexport.report.local_paths import cleaned_report
 from qexport.report.markdown import plain
 from qexport.verification.runtimes.support import GGUF
 
@@ -51,6 +52,7 @@ def write_card(
 
 
 def _merged_card(card: Card, facts: CardFacts, report: Report | None, variant: str | None) -> str:
+    report = cleaned_report(report) if report else None
     own = own_rows(facts, report, variant)
     title = title_of(facts)
     section = card_body(facts, report, own, title="" if card.titled else plain(title))

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qexport.report.card_facts import LORA, PLOT_FILE, CardFacts
+from qexport.report.card_loss import legend, loss_table, warnings
 from qexport.report.card_metadata import names, roots
 from qexport.report.card_origins import Origin
 from qexport.report.content import Report, Row
 from qexport.report.markdown import code, code_block, plain
 from qexport.report.runtime_commands import commands
-from qexport.report.tables import format_loss, table
-from qexport.report.verdict import BROKEN
 from qexport.sizes import format_size
 from qexport.verification.runtimes.support import GGUF, PLAIN, why_unread
 
@@ -38,29 +37,36 @@ _SOLVERS = {
     "awq": "AWQ",
     "awq+gptq": "AWQ's scales, then GPTQ",
 }
-_LARGE_LOSS = 0.1  # a rise of perplexity from which on a card warns
 _SHOWN_DIGITS = 16  # of a hash; qexport.json has it whole
-# columns of a report's table that say nothing to who only uses the files
-_NOT_SHOWN = ("method", "bits", "time", "peak memory", "tokens/s", "gate")
 # options that change nothing in what the weights say
 _NOT_TOLD = ("max_shard_size", "device", "split", "legacy_format", "tokenizer", "weights")
 
 
+def called(facts: CardFacts) -> str:
+    """What the model is called by what it was made of; empty where that is not known."""
+    made_of = (*names(roots(facts)), *names(facts.adapters))
+    return " + ".join(name.rpartition("/")[2] for name in made_of)
+
+
+def form_of(facts: CardFacts) -> str:
+    """The format's name, for people."""
+    return "full precision" if facts.form == PLAIN else _FORMS.get(facts.form, facts.form)
+
+
 def title_of(facts: CardFacts) -> str:
     """What the model is called: by what it was made of, and in what form it is."""
-    models = [name.rpartition("/")[2] for name in names(roots(facts))]
-    parts = models + [name.rpartition("/")[2] for name in names(facts.adapters)]
-    called = " + ".join(parts) or facts.directory.resolve().name
+    name = called(facts) or facts.directory.resolve().name
     if facts.form == LORA:
-        return f"{facts.header.get('general.name') or called}, LoRA as GGUF"
+        return f"{facts.header.get('general.name') or name}, LoRA as GGUF"
     if facts.form == PLAIN:
-        return called
+        return name
     types = [file.type.upper() for file in facts.files if file.type]
-    form = " ".join((_FORMS.get(facts.form, facts.form), *types))
-    return f"{called}, {form}" if types or not facts.bits else f"{called}, {form} {facts.bits}-bit"
+    form = " ".join((form_of(facts), *types))
+    return f"{name}, {form}" if types or not facts.bits else f"{name}, {form} {facts.bits}-bit"
 
 
-def card_body(facts: CardFacts, report: Report | None, own: Sequence[Row], title: str) -> str:
+def rendered(template: str, **values: Any) -> str:
+    """A template of ours with `values`, texts that are fit for Markdown."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -70,23 +76,21 @@ def card_body(facts: CardFacts, report: Report | None, own: Sequence[Row], title
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = files("qexport.report").joinpath("templates/card.md.jinja").read_text(encoding="utf-8")
-    return environment.from_string(template).render(
+    source = files("qexport.report").joinpath(f"templates/{template}").read_text(encoding="utf-8")
+    return environment.from_string(source).render(**values)
+
+
+def card_body(facts: CardFacts, report: Report | None, own: Sequence[Row], title: str) -> str:
+    """Our part of an output's card; `own` are the report's rows of these files."""
+    return rendered(
+        "card.md.jinja",
         title=title,
         summary=_summary(facts),
-        warnings=list(_warnings(own)),
-        commands=[
-            {
-                "runtime": command.runtime,
-                "install": code_block(command.install, "sh") if command.install else "",
-                "code": code_block(command.code, command.language),
-                "note": command.note,
-            }
-            for command in commands(facts)
-        ],
+        warnings=list(warnings(own)),
+        commands=shown_commands(facts),
         unread=_unread(facts),
-        table=_loss_table(report, own) if report else "",
-        legend=_legend(report) if report else "",
+        table=loss_table(report, own) if report else "",
+        legend=legend(report) if report else "",
         verdict=plain(report.verdict) if report else "",
         measured=list(_measured(facts)) if report is None else [],
         scored="Scores" if facts.form == PLAIN else "What was lost",
@@ -112,73 +116,62 @@ def card_body(facts: CardFacts, report: Report | None, own: Sequence[Row], title
     )
 
 
-def _link(origin: Origin) -> str:
+def shown_commands(facts: CardFacts) -> list[dict[str, str]]:
+    """What runs these files, as a template takes it."""
+    return [
+        {
+            "runtime": command.runtime,
+            "install": code_block(command.install, "sh") if command.install else "",
+            "code": code_block(command.code, command.language),
+            "note": command.note,
+        }
+        for command in commands(facts)
+    ]
+
+
+def link(origin: Origin) -> str:
     """A model's name, with a link where it is on the Hub."""
     if origin.hub_id is None:
         return code(origin.name)
     return f"[{plain(origin.name)}](https://huggingface.co/{origin.hub_id})"
 
 
-def _listed(texts: Sequence[str]) -> str:
+def listed(texts: Sequence[str]) -> str:
+    """`a, b and c`."""
     return " and ".join(filter(None, (", ".join(texts[:-1]), *texts[-1:])))
+
+
+def _bases(facts: CardFacts) -> str:
+    return listed(list(dict.fromkeys(map(link, roots(facts)))))
+
+
+def subject_of(facts: CardFacts, directory: Path) -> str:
+    """What the weights are of, with links; where that is not known, what `directory` is called."""
+    adapters = list(dict.fromkeys(map(link, facts.adapters)))
+    merged = f" with the adapter{'s' if len(adapters) > 1 else ''} {listed(adapters)} merged in"
+    bases = _bases(facts) or code(directory.resolve().name)
+    return bases + merged if adapters else bases
 
 
 def _summary(facts: CardFacts) -> str:
     """One sentence: what this is, of what."""
-    bases = _listed(list(dict.fromkeys(map(_link, roots(facts)))))
-    adapters = list(dict.fromkeys(map(_link, facts.adapters)))
     if facts.form == LORA:
+        bases = _bases(facts)
         of = f" for {bases}" if bases else ""
         return f"A LoRA adapter{of}, as a GGUF file that llama.cpp adds to its base."
-    subject = bases or code(facts.directory.resolve().name)
-    if adapters:
-        subject += f" with the adapter{'s' if len(adapters) > 1 else ''} {_listed(adapters)} merged in"
+    subject = subject_of(facts, facts.directory)
     if facts.form == PLAIN:
         dtype = facts.config.get("dtype") or facts.config.get("torch_dtype")
-        return f"{subject}, not quantized{f' ({plain(dtype)})' if dtype else ''}."
-    form = _FORMS.get(facts.form, plain(facts.form))
+        form = f" ({plain(dtype)})" if dtype else ""
+        if facts.figures.get("decoded_tensors"):
+            return f"{subject}, decoded from codes{form}: what their quantization lost stays lost."
+        return f"{subject}, not quantized{form}."
+    form = plain(form_of(facts))
     options = facts.recipe.get("options") or {}
     solver = _SOLVERS.get(str(options.get("solver"))) if facts.recipe.get("task") == "quantize" else None
     types = [plain(file.type.upper()) for file in facts.files if file.type]
-    bits = f" to {facts.bits} bits" if facts.bits else f" to {_listed(types)}" if types else ""
+    bits = f" to {facts.bits} bits" if facts.bits else f" to {listed(types)}" if types else ""
     return f"{subject}, quantized{bits}{f' by {solver}' if solver else ''}, in {form}'s format."
-
-
-def _warnings(own: Sequence[Row]) -> Iterator[str]:
-    """What a user should know before the download: a gate that failed, a large loss."""
-    for row in own:
-        of = f"{plain(row.variant)}: it" if len(own) > 1 else "It"
-        for failure in row.failures:
-            yield f"{of} {plain(failure)}."
-        if row.loss and not row.loss.value < _LARGE_LOSS:
-            what = "not usable for most purposes" if not row.loss.value < BROKEN else "noticeably worse"
-            rise = format_loss(row.loss.value, None).removeprefix("+")
-            yield f"{of}s perplexity is {rise} above full precision's: the answers are {what}."
-
-
-def _loss_table(report: Report, own: Sequence[Row]) -> str:
-    """The report's rows as Markdown, those of these files in bold."""
-    titles, lines = table(report.rows, short=True)
-    shown = [number for number, title in enumerate(titles) if title not in _NOT_SHOWN]
-    made = [
-        "| " + " | ".join(plain(titles[number]) for number in shown) + " |",
-        "| --- |" + " ---: |" * (len(shown) - 1),
-    ]
-    for row, line in zip(report.rows, lines, strict=True):
-        mark = "**" if row in own else ""
-        cells = [f"{mark}{plain(line[number])}{mark}" if line[number] else "" for number in shown]
-        made.append(f"| {' | '.join(cells)} |")
-    return "\n".join(made)
-
-
-def _legend(report: Report) -> str:
-    """What the columns mean."""
-    told = "Loss is the rise of perplexity over full precision, ± the standard error, paired on the same text"
-    if any(row.kl for row in report.rows):
-        told += "; KL is the divergence from full precision, nats a token"
-    if any(row.text for row in report.rows):
-        told += "; BLEU comes with half its 95 % bootstrap interval"
-    return f"{told}."
 
 
 def _unread(facts: CardFacts) -> str:
@@ -210,7 +203,7 @@ def _made(facts: CardFacts) -> Iterator[tuple[str, str]]:
         details += [f"revision {origin.revision[:12]}"] if origin.revision else []
         told = ", ".join(plain(detail) for detail in details if detail)
         label = "Adapter" if origin.adapter else "Base" if not origin.origins else "Model"
-        yield label, _link(origin) + (f" ({told})" if told else "")
+        yield label, link(origin) + (f" ({told})" if told else "")
     if manifest:
         told = ", ".join(code(f"{key}={_value(value)}") for key, value in _options(facts).items())
         step = code(f"qexport {recipe.get('task')}")
@@ -265,7 +258,7 @@ def _calibration(told: Mapping[str, Any]) -> str:
         for one in told.get("sources") or ()
     ]
     size = f"{told.get('samples')} samples of {told.get('length')} tokens, seed {told.get('seed')}"
-    return f"{_listed(texts)}; {size}" if texts else size
+    return f"{listed(texts)}; {size}" if texts else size
 
 
 def _errors(figures: Mapping[str, Any]) -> list[Mapping[str, Any]]:

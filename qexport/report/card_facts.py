@@ -15,6 +15,7 @@ from qexport.checkpoint.manifest import read_manifest
 from qexport.errors import NotACheckpointError
 from qexport.report.card_origins import Origin, mapping, origins_of, walk
 from qexport.report.licences import licence_file, licence_of
+from qexport.report.local_paths import without_local_paths
 from qexport.verification.runtimes.support import GGUF, PLAIN
 
 LORA = "gguf-lora"  # a LoRA adapter as a GGUF file
@@ -52,7 +53,8 @@ class CardFacts:
 
     `form` is a format's name, PLAIN, GGUF or LORA, or what else the config calls its quantization; `bits`
     those of a code, None where there are none or several; `task` the Hub's pipeline_tag; `chat` whether there
-    is a chat template; `own_code` whether the model brings Python code; `manifest` is qexport.json.
+    is a chat template; `own_code` whether the model brings Python code; `manifest` is qexport.json. Neither
+    this nor a GGUF's `header` tells where anything lay on a disk; `config` may.
     """
 
     directory: Path
@@ -129,8 +131,8 @@ def card_facts(directory: Path) -> CardFacts:
         origins=origins_of(directory, figures, header),
         licence=licence_of(directory),
         licence_file=licence_file(directory),
-        header=header,
-        manifest=manifest,
+        header=without_local_paths(header),
+        manifest=without_local_paths(manifest),
         plot=is_file(directory / PLOT_FILE),
     )
 

@@ -1,22 +1,23 @@
 """The YAML on top of a model card, in the Hub's words.
 
-Keys and values: https://huggingface.co/docs/hub/model-cards and huggingface_hub's `repocard_data.py`, which
-also writes the model index.
+Keys and values: https://huggingface.co/docs/hub/model-cards and huggingface_hub's `repocard_data.py`.
 """
 
 from __future__ import annotations
 
-import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qexport.report.card_facts import LORA, CardFacts
+from qexport.report.card_index import model_index, numbers
 from qexport.report.card_origins import Origin, hub_ids
-from qexport.report.content import Measure, Report, Row
+from qexport.report.content import Report, Row
 from qexport.verification.runtimes.support import GGUF
 
+_LICENCE = ("license", "license_name", "license_link")
 _RELATIONS = ("adapter", "merge", "quantized", "finetune")
 _FORM_TAGS = {
     "gptq_v2": ("gptq",),
@@ -34,16 +35,6 @@ _OF_ITS_FILES = re.compile(
     r"|endpoints_compatible|autotrain_compatible|custom_code|has_space|eval-results|merge|mergekit",
     re.IGNORECASE,
 )
-# score -> the Hub's name of the metric, and ours
-_TEXT_METRICS = {
-    "bleu": ("bleu", "BLEU"),
-    "chrf": ("chrf", "chrF"),
-    "rouge_l": ("rouge", "ROUGE-L"),
-    "exact_match": ("exact_match", "Exact match"),
-}
-_DIGITS = 6  # of a number that was measured; what follows is noise
-_NAMES_OF_DATA = ("dataset", "name", "text", "file", "path")
-_NOT_OF_DATA = {*_NAMES_OF_DATA, "config", "split", "revision", "versions"}
 
 
 def card_metadata(facts: CardFacts, title: str, report: Report | None, own: Sequence[Row]) -> dict[str, Any]:
@@ -65,7 +56,7 @@ def card_metadata(facts: CardFacts, title: str, report: Report | None, own: Sequ
     found["tags"] = _tags(facts)
     if datasets := _union(facts, "datasets"):
         found["datasets"] = datasets
-    if index := _model_index(facts, title, report, own):
+    if index := model_index(facts.task, title, numbers(facts.figures, report, own)):
         found["model-index"] = index
     return found
 
@@ -154,113 +145,40 @@ def _type_bits(kind: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def _model_index(
-    facts: CardFacts, title: str, report: Report | None, own: Sequence[Row]
-) -> list[dict[str, Any]] | None:
-    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
-
-    task = facts.task or "text-generation"
-    groups: dict[str, list[EvalResult]] = {}  # by data: custom ones of several names would become one
-    for metric, name, value, error, recipe in _measured(facts, report, own):
-        if not math.isfinite(value):
-            continue
-        result = EvalResult(
-            task_type=task,
-            task_name=task.replace("-", " ").capitalize(),
-            dataset_type=_data_type(recipe),
-            dataset_name=_data_name(recipe),
-            dataset_config=_text_of(recipe, "config"),
-            dataset_split=_text_of(recipe, "split"),
-            dataset_revision=_text_of(recipe, "revision"),
-            dataset_args=_settings(recipe),
-            metric_type=metric,
-            metric_name=name,
-            metric_value=_rounded(value),
-            metric_args={key: _rounded(bound) for key, bound in error.items()} or None,
-        )
-        groups.setdefault(repr((result.dataset_name, result.dataset_args)), []).append(result)
-    indices = [eval_results_to_model_index(title, results)[0] for results in groups.values()]
-    results = [one for index in indices for one in index["results"]]
-    return [{"name": title, "results": results}] if results else None
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
-
-
-_Measured = tuple[str, str, float, dict[str, float], Mapping[str, Any]]
-
-
-def _measured(facts: CardFacts, report: Report | None, own: Sequence[Row]) -> Iterator[_Measured]:
-    """Each number: the metric's id and name, its value, its error, and its recipe."""
-    if report is None or not own:
-        yield from _from_figures(facts.figures)
-        return
-    for row in own:
-        of = f", {row.variant}" if len(own) > 1 else ""
-        text = _recipe(report, "perplexity")
-        yield "perplexity", f"Perplexity{of}", row.perplexity.value, _error(row.perplexity), text
-        if row.loss:
-            name = f"Rise of perplexity over full precision{of}"
-            yield "perplexity_increase", name, row.loss.value, _error(row.loss), text
-        for metric, name, measure in (
-            ("kl_divergence", "KL divergence to full precision, nats a token", row.kl),
-            ("top1_agreement", "Same most likely token as full precision", row.same_top),
-        ):
-            if measure:
-                yield metric, name + of, measure.value, _error(measure), _recipe(report, "kl")
-        for field, (metric, name) in _TEXT_METRICS.items() if row.text else ():
-            score = getattr(row.text, field)
-            bounds = {"low": score.low, "high": score.high}
-            yield metric, name + of, score.value, bounds, _recipe(report, "answers")
-        for task, measure in row.tasks.items():
-            yield task.rpartition("/")[2], f"{task}{of}", measure.value, _error(measure), {"dataset": task}
-
-
-def _from_figures(figures: Mapping[str, Any]) -> Iterator[_Measured]:
-    for key, name in (("perplexity", "Perplexity"), ("bleu", "BLEU")):
-        value, recipe = figures.get(key), figures.get(f"{key}_recipe")
-        if isinstance(value, (int, float)) and isinstance(recipe, dict):
-            error = figures.get(f"{key}_se")
-            yield key, name, float(value), {"standard_error": error} if error else {}, recipe
-
-
-def _recipe(report: Report, measure: str) -> Mapping[str, Any]:
-    return report.recipes.get(measure, {})
-
-
-def _error(measure: Measure) -> dict[str, float]:
-    error = measure.standard_error
-    return {} if error is None or not math.isfinite(error) else {"standard_error": error}
-
-
-def _text_of(recipe: Mapping[str, Any], key: str) -> str | None:
-    value = recipe.get(key)
-    return value if isinstance(value, str) and value else None
-
-
-def _data_name(recipe: Mapping[str, Any]) -> str:
-    """What the data is called: a data set's name, or that of a file without its directories."""
-    found = next(filter(None, (_text_of(recipe, key) for key in _NAMES_OF_DATA)), None)
-    if found is None:
-        return "held-out text" if "pairs" not in recipe else "held-out prompts and references"
-    return found if _data_type(recipe) != "custom" else Path(found).name
-
-
-def _data_type(recipe: Mapping[str, Any]) -> str:
-    """The data set's id, or that it is somebody's own."""
-    return _text_of(recipe, "dataset") or "custom"
-
-
-def _settings(recipe: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What else the recipe tells: numbers, texts and switches."""
-    plain = (str, int, float, bool)
-    found = {
-        key: value for key, value in recipe.items() if key not in _NOT_OF_DATA and isinstance(value, plain)
-    }
-    return found or None
-
-
 def names(origins: Iterable[Origin]) -> list[str]:
     """Their names, each once."""
     return list(dict.fromkeys(origin.name for origin in origins))
+
+
+def metadata_of_several(
+    cards: Sequence[Mapping[str, Any]], index: Sequence[Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """One card's keys from those of several outputs, of one origin as a rule, and a `model-index` of all.
+
+    Lists become one; of what can be told once only, the licence is the first one's and the relation that of
+    the most; library and task stay away where the outputs differ in them.
+    """
+    found: dict[str, Any] = {}
+    if languages := _all_of(cards, "language"):
+        found["language"] = languages
+    found |= next(
+        ({key: card[key] for key in _LICENCE if key in card} for card in cards if "license" in card), {}
+    )
+    if bases := _all_of(cards, "base_model"):
+        found["base_model"] = bases if len(bases) > 1 else bases[0]
+        relations = Counter(card["base_model_relation"] for card in cards if "base_model_relation" in card)
+        if relations:
+            found["base_model_relation"] = relations.most_common(1)[0][0]
+    if adapters := _all_of(cards, "adapters"):
+        found["adapters"] = adapters
+    for key in ("library_name", "pipeline_tag"):
+        if len({card.get(key) for card in cards}) == 1 and key in cards[0]:
+            found[key] = cards[0][key]
+    found["tags"] = _all_of(cards, "tags")
+    if datasets := _all_of(cards, "datasets"):
+        found["datasets"] = datasets
+    return {**found, "model-index": index} if index else found
+
+
+def _all_of(cards: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    return list(dict.fromkeys(text for card in cards for text in _texts(card.get(key))))

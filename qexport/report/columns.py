@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from qexport.report.axes import Z, is_full
-from qexport.report.content import Interval, Measure, Report, Row
+from qexport.report.content import Interval, Measure, Report, Row, Z
 from qexport.sizes import format_size
 
 
@@ -33,6 +32,8 @@ class Column:
 
 
 _NONE = Cell(None)
+_LONG = 1e9  # from here on a broken model's number is told by its power of ten
+_ENDLESS = 1e300  # where infinity sorts: scripts read finite numbers
 
 
 def number(value: float) -> str:
@@ -43,7 +44,11 @@ def number(value: float) -> str:
 def decimals(value: float, least: int) -> int:
     """So many that two digits of a small number show, `least` of them at least."""
     size = abs(value)
-    return least if size == 0 else min(max(least, 1 - math.floor(math.log10(size))), 9)
+    return (
+        least
+        if size == 0 or not math.isfinite(size)
+        else min(max(least, 1 - math.floor(math.log10(size))), 9)
+    )
 
 
 def _signed(text: str) -> str:
@@ -52,14 +57,29 @@ def _signed(text: str) -> str:
 
 def _measure(measure: Measure | None, factor: float, digits: int, *, sign: bool = False) -> Cell:
     """A value with the half width of its 95 % interval."""
-    if measure is None or not math.isfinite(measure.value):
+    if measure is None:
         return _NONE
     value = factor * measure.value
+    if not math.isfinite(value):
+        return Cell("∞" if value > 0 else "−∞", order=math.copysign(_ENDLESS, value))
+    if abs(value) > _LONG:
+        return Cell(_signed(f"{value:{'+' if sign else ''}.3g}"), order=value)
     digits = decimals(value, digits) if digits > 3 else digits
     shown = f"{value:{'+' if sign else ''},.{digits if abs(value) < 1000 else 0}f}"
     error = measure.standard_error
     extra = "" if error is None else f"±{Z * factor * error:,.{digits}f}"
     return Cell(_signed(shown), extra, value)
+
+
+def _percentile(value: float | None) -> Cell:
+    if value is None:
+        return _NONE
+    return Cell(f"{value:.3f}", order=value) if math.isfinite(value) else Cell("∞", order=_ENDLESS)
+
+
+def _bound(row: Row, cell: Cell) -> Cell:
+    """A divergence, which may be a lower bound."""
+    return replace(cell, text=f"≥\N{NO-BREAK SPACE}{cell.text}") if row.kl_at_least and cell.text else cell
 
 
 def _interval(interval: Interval | None) -> Cell:
@@ -70,7 +90,7 @@ def _interval(interval: Interval | None) -> Cell:
 
 def _perplexity(row: Row) -> Cell:
     if not math.isfinite(row.perplexity.value):
-        return Cell("∞", order=1e300)
+        return Cell("∞", order=_ENDLESS)
     error = row.perplexity.standard_error
     extra = "" if error is None else f"±{number(Z * error)}"
     return Cell(number(row.perplexity.value), extra, row.perplexity.value)
@@ -109,7 +129,7 @@ def _seconds(seconds: float | None) -> Cell:
 
 def columns(report: Report) -> list[Column]:
     """The columns in which some row has a value, the variant's name first."""
-    full = next((row.size_bytes for row in report.rows if is_full(row)), 0)
+    full = next((row.size_bytes for row in report.rows if row.is_full), 0)
 
     def share(row: Row) -> Cell:
         percent = 100 * row.size_bytes / full if full else None
@@ -124,7 +144,7 @@ def columns(report: Report) -> list[Column]:
     tasks = sorted({task for row in report.rows for task in row.tasks})
     every = [
         Column("variant", "Variant", "its name", lambda row: _words(row.variant), numeric=False),
-        Column("method", "Method", "how it was quantized", _method, numeric=False),
+        Column("method", "Method", "how it was quantized", lambda row: _words(said(row)), numeric=False),
         Column("solver", "Solver", "how the codes were chosen", lambda row: _words(row.solver), False, False),
         Column("format", "Format", "what the bytes look like", lambda row: _words(row.format), False, False),
         Column("bits", "Bits", "bits a code", lambda row: Cell(f"{row.bits:g}", order=row.bits), main=False),
@@ -136,10 +156,9 @@ def columns(report: Report) -> list[Column]:
         Column("loss", "Rise, %", "relative rise of perplexity over full precision, paired",
                lambda row: _measure(row.loss, 100.0, 2, sign=True)),
         Column("kl", "KL", "mean KL divergence to full precision, nats a token",
-               lambda row: _measure(row.kl, 1.0, 4)),
+               lambda row: _bound(row, _measure(row.kl, 1.0, 4))),
         Column("kl_p99", "KL p99", "its 99th percentile over tokens",
-               lambda row: _NONE if row.kl_p99 is None else Cell(f"{row.kl_p99:.3f}", order=row.kl_p99),
-               main=False),
+               lambda row: _bound(row, _percentile(row.kl_p99)), main=False),
         Column("same_top", "Same top, %", "tokens with the same most likely one as full precision",
                lambda row: _measure(row.same_top, 100.0, 1)),
         *(Column(f"{score}_{whose}", f"{name} {short}", f"{name} against {words}, 95 % interval",
@@ -155,8 +174,9 @@ def columns(report: Report) -> list[Column]:
     return [column for column in every if _some(column, report.rows)]
 
 
-def _method(row: Row) -> Cell:
-    return _words("full precision" if is_full(row) else row.method)
+def said(row: Row) -> str:
+    """The row's method in words."""
+    return "full precision" if row.method == "none" else row.method
 
 
 def _some(column: Column, rows: Sequence[Row]) -> bool:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qexport.report.axes import Z
 from qexport.report.columns import decimals
-from qexport.report.content import Comparison, Layers
+from qexport.report.content import Comparison, Layers, Z
 from qexport.report.palette import LEVELS
 
 

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qexport.errors import MissingDependencyError
-from qexport.report.axes import COSTS, Axis, cost_scale, is_full, loss_scale, measured, points, size_unit
-from qexport.report.columns import columns, number
+from qexport.report.axes import COSTS, Axis, Point, cost_scale, loss_scale, measured, points, size_unit
+from qexport.report.columns import columns, number, said
 from qexport.report.content import Report
 from qexport.report.differences import sample_view
 from qexport.report.matrices import heat_map, pair_matrices
@@ -54,7 +54,7 @@ def page(report: Report) -> str:
     style = environment.get_template("page.css").render(
         ink=INK, looks=list(looks.values()), ramps=(ramp(dark=False), ramp(dark=True))
     )
-    full = next((row for row in report.rows if is_full(row)), None)
+    full = next((row for row in report.rows if row.is_full), None)
     variants = [row.variant for row in report.rows]
     axes = measured(report)
     html = environment.get_template("page.html.jinja").render(
@@ -66,7 +66,7 @@ def page(report: Report) -> str:
         places={method: place for place, method in enumerate(looks)},
         columns=columns(report),
         failing=any(row.failures for row in report.rows),
-        is_full=is_full,
+        bounds=any(row.kl_at_least for row in report.rows),
         heat=heat_map(report.layers, variants),
         pairs=pair_matrices(report.comparisons, variants),
         samples=[
@@ -161,7 +161,7 @@ def _measure_data(report: Report, axis: Axis, divisors: dict[str, float]) -> dic
             {
                 "variant": point.row.variant,
                 "method": point.row.method,
-                "full": is_full(point.row),
+                "full": point.row.is_full,
                 "value": point.value,
                 "low": point.low,
                 "high": point.high,
@@ -169,8 +169,8 @@ def _measure_data(report: Report, axis: Axis, divisors: dict[str, float]) -> dic
                 **{name: cost(point.row) / divisors[name] for name, cost in COSTS.items()},
                 "front": point.front,
                 "tip": [
-                    ["method", "full precision" if is_full(point.row) else point.row.method],
-                    [axis.label, _told(point.value, axis.unit)],
+                    ["method", said(point.row)],
+                    [axis.label, _told(point, axis)],
                     *([["95 %", f"{_short(point.low)} to {_short(point.high)}"]]
                       if point.high > point.low else []),
                     ["bits a weight", f"{point.row.bits_per_weight:.2f}"],
@@ -183,8 +183,9 @@ def _measure_data(report: Report, axis: Axis, divisors: dict[str, float]) -> dic
     }  # fmt: skip
 
 
-def _told(value: float, unit: str) -> str:
-    return f"{_short(value)} {unit}".strip()
+def _told(point: Point, axis: Axis) -> str:
+    bound = "≥ " if axis.key == "kl" and point.row.kl_at_least else ""
+    return f"{bound}{_short(point.value)} {axis.unit}".strip()
 
 
 def _short(value: float) -> str:
@@ -194,8 +195,8 @@ def _short(value: float) -> str:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     """The head of the page: a few figures with their names."""
-    full = next((row for row in report.rows if is_full(row)), None)
-    others = [row for row in report.rows if not is_full(row)]
+    full = next((row for row in report.rows if row.is_full), None)
+    others = [row for row in report.rows if not row.is_full]
     facts = []
     if full is not None:
         facts += [

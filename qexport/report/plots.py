@@ -14,7 +14,6 @@ from qexport.report.axes import (
     Point,
     Scale,
     cost_scale,
-    is_full,
     loss_scale,
     measured,
     points,
@@ -158,7 +157,7 @@ def _name(plane: Axes, places: list[tuple[float, Point]], across: Scale, up: Sca
             if box[0] >= 0 and box[2] <= 1 and box[1] >= 0 and box[3] <= 1 and _free(box, taken):
                 plane.text(
                     u + du, v + dv, text, transform=plane.transAxes, ha=side, va="center", fontsize=8,
-                    color=INK["ink" if point.front[cost] or is_full(point.row) else "muted"][0], zorder=5,
+                    color=INK["ink" if point.front[cost] or point.row.is_full else "muted"][0], zorder=5,
                 )  # fmt: skip
                 taken.append(box)
                 break

@@ -9,7 +9,19 @@ from itertools import combinations
 from typing import Any
 
 from qexport import results
-from qexport.report.content import Comparison, Interval, Layers, Measure, Report, Row, Sample, TextScores
+from qexport.report.content import (
+    FULL,
+    Comparison,
+    Interval,
+    Layers,
+    Measure,
+    Report,
+    Row,
+    Sample,
+    TextScores,
+    Z,
+)
+from qexport.report.recipes import is_bound, recipe_lines, recipes
 from qexport.report.verdict import verdict
 from qexport.results import Difference, Evaluation
 from qexport.specs import VerifySpec
@@ -18,9 +30,11 @@ from qexport.verification.gate import failures
 from qexport.verification.perplexity import log_difference, relative_difference
 from qexport.version import __version__
 
-FULL = "full"
-_SURE = 1.96  # standard errors of a normal distribution that 95 % lie within
+__all__ = ["FULL", "Variant", "make_report", "recipe_lines"]
+
 _SAMPLES = 12
+_MOST_BITS = 64
+_MOST_COST = 1e15  # seconds or bytes
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,7 @@ def make_report(
     """The report of `variants` against `full`. `prompts` are those that were answered, with references."""
     rows = [_row(full, None, gates), *(_row(variant, full, gates) for variant in variants)]
     found = tuple(_comparisons(variants))
+    scores = [variant.scores for variant in (full, *variants)]
     return Report(
         qexport=__version__,
         title=title,
@@ -57,8 +72,8 @@ def make_report(
         comparisons=found,
         samples=_samples((full, *variants), prompts),
         layers=_layers(variants),
-        recipes=_recipes((full, *variants)),
-        recipe_lines=tuple(recipe_lines(full.scores)),
+        recipes=recipes(scores),
+        recipe_lines=tuple(recipe_lines(*scores)),
     )
 
 
@@ -66,21 +81,23 @@ def _row(variant: Variant, full: Variant | None, gates: VerifySpec) -> Row:
     scores = variant.scores
     loss = relative_difference(full.scores.perplexity, scores.perplexity) if full else None
     kl, answers = scores.divergence, scores.answers
+    bits = variant.settings.get("bits") or 0
     return Row(
         variant=variant.name,
         path=variant.path,
         method=variant.settings.get("method") or "none",
         solver=variant.settings.get("solver"),
         format=variant.settings.get("format"),
-        bits=variant.settings.get("bits") or round(scores.bits_per_weight),
+        bits=bits if 0 < bits <= _MOST_BITS else round(scores.bits_per_weight),
         bits_per_weight=scores.bits_per_weight,
         size_bytes=scores.size_bytes,
-        seconds=variant.costs.get("seconds"),
-        peak_bytes=variant.costs.get("peak_bytes"),
+        seconds=_cost(variant, "seconds"),
+        peak_bytes=None if (peak := _cost(variant, "peak_bytes")) is None else round(peak),
         perplexity=_measure(scores.perplexity.value, scores.perplexity.standard_error),
         loss=_measure(loss.loss, loss.standard_error) if loss else None,
         kl=_measure(kl.mean, kl.standard_error) if kl else None,
-        kl_p99=kl.percentile_99 if kl else None,
+        kl_p99=_endless(kl.percentile_99) if kl else None,
+        kl_at_least=kl is not None and is_bound(kl.recipe),
         same_top=_measure(kl.same_top, kl.same_top_error) if kl else None,
         text=_text(answers.references) if answers else None,
         text_full=_text(answers.full) if answers else None,
@@ -90,8 +107,19 @@ def _row(variant: Variant, full: Variant | None, gates: VerifySpec) -> Row:
     )
 
 
+def _cost(variant: Variant, name: str) -> float | None:
+    """What a manifest tells of making the variant, where that is possible."""
+    cost = variant.costs.get(name)
+    return cost if isinstance(cost, (int, float)) and 0 <= cost <= _MOST_COST else None
+
+
 def _measure(value: float, error: float) -> Measure:
-    return Measure(value=value, standard_error=None if math.isnan(error) else error)
+    return Measure(value=_endless(value), standard_error=None if math.isnan(error) else error)
+
+
+def _endless(value: float) -> float:
+    """What is no number, such as a ratio of two infinite perplexities, is no good one."""
+    return math.inf if math.isnan(value) else value
 
 
 def _text(scores: results.TextScores | None) -> TextScores | None:
@@ -105,20 +133,22 @@ def _comparisons(variants: Sequence[Variant]) -> Iterator[Comparison]:
     """Each pair of variants, by perplexity and by divergence."""
     for first, second in combinations(variants, 2):
         a, b = first.scores, second.scores
-        yield _compared(first, second, "log perplexity", log_difference(a.perplexity, b.perplexity))
+        yield from _compared(first, second, "log perplexity", log_difference(a.perplexity, b.perplexity))
         if a.divergence and b.divergence:
-            yield _compared(first, second, "kl", divergence_difference(a.divergence, b.divergence))
+            yield from _compared(first, second, "kl", divergence_difference(a.divergence, b.divergence))
 
 
-def _compared(first: Variant, second: Variant, measure: str, found: Difference) -> Comparison:
+def _compared(first: Variant, second: Variant, measure: str, found: Difference) -> Iterator[Comparison]:
+    if math.isnan(found.loss):  # of two that are infinite
+        return
     known = not math.isnan(found.standard_error)
-    return Comparison(
+    yield Comparison(
         first=first.name,
         second=second.name,
         measure=measure,
         difference=found.loss,
         standard_error=found.standard_error if known else None,
-        more_than_noise=known and abs(found.loss) > _SURE * found.standard_error,
+        more_than_noise=known and abs(found.loss) > Z * found.standard_error,
     )
 
 
@@ -149,37 +179,3 @@ def _layers(variants: Sequence[Variant]) -> Layers:
             if variant.layer_errors
         },
     )
-
-
-def _recipes(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
-    """Of each measure the recipe of the first variant that has it: all share it."""
-    found: dict[str, dict[str, Any]] = {}
-    for variant in variants:
-        scores = variant.scores
-        found.setdefault("perplexity", dict(scores.perplexity.recipe))
-        if scores.divergence:
-            found.setdefault("kl", dict(scores.divergence.recipe))
-        if scores.tasks:
-            found.setdefault("tasks", dict(scores.task_recipe))
-        if scores.answers:
-            told = scores.answers.references or scores.answers.full
-            signatures = {"signatures": dict(told.signatures)} if told else {}
-            found.setdefault("answers", {**scores.answers.recipe, **signatures})
-    return found
-
-
-def recipe_lines(scores: Evaluation) -> list[str]:
-    """What the scores were measured on and how, one line each."""
-    text = scores.perplexity.recipe
-    lines = [
-        f"perplexity: {scores.perplexity.tokens} tokens of {text['documents']} documents, window "
-        f"{text['window']}, stride {text['stride']}, {text['dtype']}, data blake3 {text['data'][:12]}"
-    ]
-    if scores.answers:
-        told, found = scores.answers.recipe, scores.answers.references
-        signature = f"{found.signatures['bleu']}, " if found else ""
-        lines.append(
-            f"answers: {told['pairs']} prompts, greedy, at most {told['max_new_tokens']} tokens, "
-            f"{signature}data blake3 {told['data'][:12]}"
-        )
-    return lines

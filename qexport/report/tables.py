@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from qexport import results
 from qexport.report.content import Interval, Measure, Report, Row
+from qexport.report.markdown import plain
 from qexport.results import Perplexity
 from qexport.sizes import format_size
 
@@ -44,6 +45,23 @@ def format_interval(score: Interval | results.Interval) -> str:
     return f"{score.value:.1f}" + (f" ±{half:.1f}" if half else "")
 
 
+def _divergence(row: Row, kl: float | None, error: float | None = None) -> str:
+    bound = "≥" if row.kl_at_least else ""
+    return "" if kl is None else f"{bound}{format_kl(kl, error)}"
+
+
+def _text(whose: str, score: str) -> Callable[[Row], str]:
+    def cell(row: Row) -> str:
+        scores = getattr(row, whose)
+        return format_interval(getattr(scores, score)) if scores else ""
+
+    return cell
+
+
+_SCORES = {"BLEU": "bleu", "chrF": "chrf", "ROUGE-L": "rouge_l", "exact match": "exact_match"}
+_TO_FULL = {f"{title} to full": _text("text_full", score) for title, score in _SCORES.items()}
+
+
 def _speed(row: Row) -> str:
     return ", ".join(f"{speed:.1f} ({runtime})" for runtime, speed in row.tokens_per_second.items())
 
@@ -57,18 +75,18 @@ _CELLS: dict[str, Callable[[Row], str]] = {
     "size": lambda row: format_size(row.size_bytes),
     "perplexity": lambda row: format_perplexity(row.perplexity),
     "loss": lambda row: format_loss(row.loss.value, row.loss.standard_error) if row.loss else "",
-    "KL": lambda row: format_kl(row.kl.value, row.kl.standard_error) if row.kl else "",
-    "KL 99 %": lambda row: "" if row.kl_p99 is None else format_kl(row.kl_p99, None),
+    "KL": lambda row: _divergence(row, row.kl.value, row.kl.standard_error) if row.kl else "",
+    "KL 99 %": lambda row: _divergence(row, row.kl_p99),
     "same top token": lambda row: f"{100 * row.same_top.value:.1f}%" if row.same_top else "",
-    "BLEU": lambda row: format_interval(row.text.bleu) if row.text else "",
-    "BLEU to full": lambda row: format_interval(row.text_full.bleu) if row.text_full else "",
+    **{title: _text("text", score) for title, score in _SCORES.items()},
+    **_TO_FULL,
     "time": lambda row: "" if row.seconds is None else f"{row.seconds:.1f} s",
     "peak memory": lambda row: "" if row.peak_bytes is None else format_size(row.peak_bytes),
     "tokens/s": _speed,
     "gate": lambda row: "FAILED" if row.failures else "",
 }
 # what a terminal's width has no room for
-_LONG = ("KL 99 %", "BLEU to full")
+_LONG = ("KL 99 %", "chrF", "ROUGE-L", "exact match", *_TO_FULL)
 
 
 def table(rows: Sequence[Row], *, short: bool = False) -> tuple[list[str], list[list[str]]]:
@@ -82,25 +100,29 @@ def table(rows: Sequence[Row], *, short: bool = False) -> tuple[list[str], list[
 
 
 def table_markdown(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table; names and all else stand in it as they are, never as markup."""
     titles, lines = table(rows)
     return "\n".join(
         [
-            f"| {' | '.join(titles)} |",
+            f"| {' | '.join(map(plain, titles))} |",
             f"|{' --- |' * len(titles)}",
-            *(f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines),
+            *(f"| {' | '.join(map(plain, line))} |" for line in lines),
         ]
     )
 
 
 def report_markdown(report: Report) -> str:
-    """The content of report.md."""
-    recipes = "\n".join(f"- {line}" for line in report.recipe_lines)
-    gates = "\n".join(f"- {row.variant} {failure}" for row in report.rows for failure in row.failures)
+    """The content of report.md; every text of the report is escaped."""
+    recipes = "\n".join(f"- {plain(line)}" for line in report.recipe_lines)
+    gates = "\n".join(
+        f"- {plain(f'{row.variant} {failure}')}" for row in report.rows for failure in row.failures
+    )
     failed = f"## Gates that were not passed\n\n{gates}\n\n" if gates else ""
+    bound = " (≥: from its likeliest tokens alone)" if any(row.kl_at_least for row in report.rows) else ""
     return (
-        f"# {report.title}\n\n{report.verdict}\n\n{table_markdown(report.rows)}\n\n{failed}"
+        f"# {plain(report.title)}\n\n{plain(report.verdict)}\n\n{table_markdown(report.rows)}\n\n{failed}"
         "Loss is the rise of perplexity over the first row, ± the paired standard error; KL the divergence "
-        "from the first row's predictions, nats a token; BLEU comes with half its 95 % bootstrap "
-        f"interval.\n\n{recipes}\n"
+        f"from the first row's predictions, nats a token{bound}; BLEU, chrF, ROUGE-L and exact match come "
+        "with half their 95 % bootstrap intervals, against the references and the first row's answers."
+        f"\n\n{recipes}\n"
     )

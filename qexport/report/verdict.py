@@ -1,8 +1,9 @@
 """What the numbers come to, in plain words, and no more than they bear.
 
 A variant "keeps" perplexity(full) / perplexity(variant): the share that is left, as the geometric mean over
-tokens, of the probability that the model gives to the right next token. What differs by no more than 1.96
-standard errors is a tie.
+tokens, of the probability that the model gives to the right next token; never more than all of it. What
+differs by no more than 1.96 standard errors is a tie, where these are small; of a short text nothing is said.
+A variant whose predictions are others' is "changed", whatever its perplexity: a text may suit it by chance.
 """
 
 from __future__ import annotations
@@ -10,41 +11,46 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from qexport.report.axes import Z, is_full
-from qexport.report.content import Comparison, Row
+from qexport.report.content import Comparison, Row, Z
 from qexport.report.pareto import pareto_front
 
 SMALL = 0.03  # a rise of perplexity up to here is a small price
 BROKEN = 0.5  # from here on the model is another one
+BROKEN_FOR_SURE = 9.0  # tenfold: no noise does that
+CHANGED = 0.5  # KL divergence, nats a token, or the share of tokens whose likeliest one is another
 COARSE = 0.05  # an error bar as wide as this cannot tell a good variant from a fair one
 NEAR = 1.1  # sizes up to this ratio are about the same
 
 
 def verdict(rows: Sequence[Row], comparisons: Sequence[Comparison]) -> str:
-    """Sentences on what ties with the full model, what is the best bargain, what ties with it, what breaks
-    and what fails its gates. `rows` are in any order; one without a loss takes no part."""
-    full = next((row for row in rows if is_full(row)), None)
-    lossy = [row for row in rows if not is_full(row) and row.loss is not None]
+    """Sentences on what ties with the full model, what is the best bargain, what ties with it, what breaks,
+    what is changed, what cannot be told and what fails its gates. `rows` are in any order; one without a
+    loss takes no part."""
+    full = next((row for row in rows if row.is_full), None)
+    lossy = [row for row in rows if not row.is_full and row.loss is not None]
     if not lossy:
         return "Nothing was compared with the full-precision model."
     strangers = [row for row in lossy if _is_stranger(row)]
-    lossy = [row for row in lossy if row not in strangers]
-    told = _told_strangers(strangers)
-    if not lossy:
-        return " ".join([*told, *_gates(strangers)])
-    told += [
-        *_ties(lossy, full),
-        *_bargain(lossy, full, comparisons),
-        *_breaks(lossy),
-        *_coarse(lossy),
-        *_gates([row for row in rows if not is_full(row)]),
+    known = [row for row in lossy if row not in strangers]
+    broken = [row for row in known if _is_broken(row)]
+    changed = [row for row in known if row not in broken and _is_changed(row)]
+    whole = [row for row in known if row not in broken and row not in changed]
+    sure = [row for row in whole if _is_sure(row)]
+    told = [
+        *_told_strangers(strangers),
+        *_ties(sure, full),
+        *_bargain(sure, full, comparisons),
+        *_breaks(broken, changed, whole),
+        *_told_changed(changed),
+        *_untold([row for row in whole if row not in sure]),
+        *_gates([row for row in rows if not row.is_full]),
     ]
     return " ".join(told)
 
 
 def keeps(row: Row) -> float:
-    """The share that the variant keeps of the full model, 1 / (1 + rise of perplexity)."""
-    return 1 / (1 + _loss(row))
+    """The share that the variant keeps of the full model, 1 / (1 + rise of perplexity), at most all."""
+    return 1 / (1 + max(_loss(row), 0.0))
 
 
 def _loss(row: Row) -> float:
@@ -57,9 +63,28 @@ def _noise(row: Row) -> float | None:
     return None if error is None or not math.isfinite(error) else Z * error
 
 
+def _is_sure(row: Row) -> bool:
+    """Whether the noise is known and small enough to say anything."""
+    noise = _noise(row)
+    return noise is not None and noise < COARSE
+
+
 def _is_tie(row: Row) -> bool:
     noise = _noise(row)
-    return noise is not None and _loss(row) <= noise and noise < COARSE
+    return noise is not None and _loss(row) <= noise < COARSE
+
+
+def _is_broken(row: Row) -> bool:
+    """Lost BROKEN or more even at the near end of the error bar."""
+    loss, noise = _loss(row), _noise(row)
+    if noise is None:
+        return loss >= BROKEN_FOR_SURE
+    return loss - min(noise, loss) >= BROKEN
+
+
+def _is_changed(row: Row) -> bool:
+    kl, same = row.kl, row.same_top
+    return bool((kl and kl.value > CHANGED) or (same and same.value < 1 - CHANGED))
 
 
 def _share(row: Row, full: Row | None) -> str:
@@ -111,6 +136,8 @@ def _ties(rows: Sequence[Row], full: Row | None) -> list[str]:
 
 def _bargain(rows: Sequence[Row], full: Row | None, comparisons: Sequence[Comparison]) -> list[str]:
     """The smallest variant on the Pareto front whose loss is small; if none is, the one that lost least."""
+    if not rows:
+        return []
     front = [rows[i] for i in pareto_front([row.size_bytes for row in rows], [_loss(row) for row in rows])]
     good = [row for row in front if _loss(row) <= SMALL]
     best = good[0] if good else min(front, key=_loss)
@@ -119,10 +146,9 @@ def _bargain(rows: Sequence[Row], full: Row | None, comparisons: Sequence[Compar
     if _is_tie(best):
         told = []
     else:
-        noise = " (how much of it is noise is not known)" if _noise(best) is None else ""
         told = [
             f"{best.variant} keeps {100 * keeps(best):.1f} % at {_share(best, full)}: "
-            f"perplexity {rise(best)}{noise}."
+            f"perplexity {rise(best)}."
         ]
     near = {row.variant for row in rows if row is not best and _about_as_large(row, best)}
     as_good = sorted(_tied_with(best.variant, comparisons) & near)
@@ -153,30 +179,50 @@ def _tied_with(variant: str, comparisons: Sequence[Comparison]) -> set[str]:
     return tied - differ
 
 
-def _breaks(rows: Sequence[Row]) -> list[str]:
-    """Which variants are broken: lost BROKEN or more even at the near end of the error bar."""
-    broken = [row for row in rows if _loss(row) - min(_noise(row) or 0.0, _loss(row)) >= BROKEN]
+def _breaks(broken: Sequence[Row], changed: Sequence[Row], whole: Sequence[Row]) -> list[str]:
+    """Which variants are broken; below how many bits, where all that hold have more."""
     if not broken:
         return []
-    whole = [row for row in rows if row not in broken]
     worst = max(broken, key=_loss)
-    if not whole:
+    if not whole and not changed:
         return [f"Every variant breaks the model (the best one: {rise(min(broken, key=_loss))})."]
-    if max(row.bits for row in broken) < (edge := min(row.bits for row in whole)):
+    if whole and max(row.bits for row in broken) < (edge := min(row.bits for row in whole)):
         return [f"Below {edge:g} bits the model breaks ({worst.variant}: perplexity {rise(worst)})."]
     names = _listed([row.variant for row in broken])
     verb = "breaks" if len(broken) == 1 else "break"
     return [f"{names} {verb} the model (perplexity {rise(worst)}{' at worst' if len(broken) > 1 else ''})."]
 
 
-def _coarse(rows: Sequence[Row]) -> list[str]:
-    noises = [noise for row in rows if _loss(row) < BROKEN and (noise := _noise(row)) is not None]
-    if noises and min(noises) >= COARSE:
-        return [
-            f"The text is short: differences of perplexity below {100 * min(noises):.0f} % cannot be told "
-            "from noise."
-        ]
-    return []
+def _told_changed(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    worst = max(rows, key=lambda row: (row.kl.value if row.kl else 0, row.variant))
+    told = []
+    if worst.kl:
+        told.append(f"KL divergence {'at least ' if worst.kl_at_least else ''}{worst.kl.value:.2f}")
+    if worst.same_top:
+        told.append(f"the same likeliest token {100 * worst.same_top.value:.0f} % of the time")
+    whose = f"{worst.variant}: " if len(rows) > 1 else ""
+    one = len(rows) == 1
+    names = _listed([row.variant for row in rows])
+    verb, its = ("predicts", "its") if one else ("predict", "their")
+    found = f"{whose}{', '.join(told)}"
+    return [f"{names} {verb} other text than the full model ({found}), whatever {its} perplexity."]
+
+
+def _untold(rows: Sequence[Row]) -> list[str]:
+    """Of which variants the text tells too little."""
+    if not rows:
+        return []
+    noises = [noise for row in rows if (noise := _noise(row)) is not None]
+    names = _listed([row.variant for row in rows])
+    begin = f"What {names} {'loses' if len(rows) == 1 else 'lose'} cannot be told"
+    if not noises:
+        return [f"{begin}: how much of the perplexity is noise is not known, with a single piece of text."]
+    return [
+        f"{begin}: the text is short, differences of perplexity below {100 * min(noises):.0f} % cannot be "
+        "told from noise."
+    ]
 
 
 def _gates(rows: Sequence[Row]) -> list[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from qexport.calibrate.texts import read_documents
 from qexport.calibrate.windows import ScoredWindow, opening_token, scored_windows
 from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.checkpoint.disk import exists
 from qexport.checkpoint.embedded import is_embedded
 from qexport.checkpoint.hashing import file_hash
+from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.manifest import Recipe, fingerprint, installed_versions
-from qexport.errors import CalibrationError
+from qexport.errors import CalibrationError, SpecError
 from qexport.events import Noted, OnEvent, ignore
 from qexport.formats.gguf.text_model import text_and_skeleton
 from qexport.formats.opening import open_checkpoint
@@ -39,6 +42,7 @@ from qexport.verification.kept_logits import (
     open_logits,
     plan_logits,
 )
+from qexport.verification.kinship import require_same_embeddings, require_same_shape
 from qexport.verification.lm_tasks import TaskScores, run_tasks
 from qexport.verification.perplexity import summarize
 from qexport.verification.prompts import Prompt, read_prompts
@@ -47,7 +51,7 @@ from qexport.verification.speed import tokens_per_second
 from qexport.verification.text_scores import score_texts
 from qexport.verification.units import Units
 
-_FEW_TOKENS = 2000  # below it a loss of one per cent drowns in the spread of the text
+FEW_TOKENS = 2000  # below it a loss of one per cent drowns in the spread of the text
 
 
 def evaluate_recipe(model: Path, spec: VerifySpec) -> Recipe:
@@ -57,8 +61,12 @@ def evaluate_recipe(model: Path, spec: VerifySpec) -> Recipe:
     inputs["text"] = file_hash(text)
     if pairs:
         inputs["pairs"] = file_hash(pairs)
-    options = spec.model_dump(exclude={"text", "pairs", *VerifySpec.GATES})
-    return Recipe("evaluate", options, inputs, ("torch", "transformers", "sacrebleu"))
+    for name in spec.tasks:  # a file of the user's own counts by its content
+        for file in [Path(name)] if Path(name).is_file() else sorted(Path(name).glob("**/*.yaml")):
+            inputs[f"task {file.name}"] = file_hash(file)
+    options = spec.model_dump(exclude={"text", "pairs", "batch_size", *VerifySpec.GATES})
+    packages = ("torch", "transformers", "sacrebleu", *(("lm_eval", "datasets") if spec.tasks else ()))
+    return Recipe("evaluate", options, inputs, packages)
 
 
 def evaluation_data(spec: VerifySpec) -> tuple[Path, Path | None]:
@@ -67,12 +75,32 @@ def evaluation_data(spec: VerifySpec) -> tuple[Path, Path | None]:
     pairs = Path(spec.pairs) if spec.pairs else None if spec.text else heldout_pairs()
     for path in (text, pairs):
         if path and not path.is_file():
-            raise CalibrationError(f"{path} does not exist", expected="a file of text or prompts")
+            what = "is no file" if exists(path) else "does not exist"
+            raise CalibrationError(f"{path} {what}", expected="a file of text or prompts")
     return text, pairs
+
+
+def evaluation_prompts(spec: VerifySpec) -> tuple[Prompt, ...]:
+    """The prompts that are answered, none where there are none. Raises CalibrationError."""
+    _, pairs = evaluation_data(spec)
+    if pairs is None:
+        return ()
+    if len(spec.languages) not in (0, 2):
+        raise SpecError(f"--languages {','.join(spec.languages)}", expected="two, source and target: de,en")
+    languages = (spec.languages[0], spec.languages[1]) if spec.languages else None
+    return read_prompts(pairs, languages=languages, wording=spec.wording)[: spec.max_pairs]
 
 
 def _text_file(name: str) -> Path:
     return corpus_file(name) if name.startswith(PREFIX) else Path(name)
+
+
+def _text_name(spec: VerifySpec, text: Path) -> str:
+    """What the text is called; where a data set lies on somebody's disk is no part of it."""
+    if not spec.text or not spec.text.startswith(PREFIX):
+        return text.name
+    name = spec.text.removeprefix(PREFIX)
+    return f"{PREFIX}{Path(name).name}" if exists(Path(name.partition(":")[0])) else spec.text
 
 
 @dataclass(frozen=True)
@@ -81,7 +109,8 @@ class Reference:
 
     scores: Evaluation
     logits: Path
-    trust_remote_code: bool = False  # for computing the logits anew
+    model: str | Path  # where it lies now
+    trust_remote_code: bool = False  # for opening it again
 
 
 def evaluate(
@@ -121,13 +150,14 @@ class Ready:
     prompts_file: Path | None
     prompts: tuple[Prompt, ...]
     spec: VerifySpec
+    trust_remote_code: bool
 
 
 def prepare(model: str | Path, spec: VerifySpec, trust_remote_code: bool, on_event: OnEvent) -> Ready:
     """Everything that can be refused, before anything is scored."""
     text, prompts_file = evaluation_data(spec)
     documents = read_documents(text)[: spec.max_documents]
-    prompts = read_prompts(prompts_file)[: spec.max_pairs] if prompts_file else ()
+    prompts = evaluation_prompts(spec)
     if spec.min_bleu is not None and all(prompt.reference is None for prompt in prompts):
         raise CalibrationError(
             f"--min-bleu, and {prompts_file or 'no prompts'} without references",
@@ -147,7 +177,7 @@ def prepare(model: str | Path, spec: VerifySpec, trust_remote_code: bool, on_eve
     windows = scored_windows(documents, tokenizer, length=length, stride=stride)
     require_known_ids(max(max(window.tokens) for window in windows), skeleton, path)
     recipe = {
-        "text": spec.text if spec.text and spec.text.startswith(PREFIX) else text.name,
+        "text": _text_name(spec, text),
         "data": file_hash(text),
         "tokens": hash_of_tokens(windows)[:16],
         "documents": len(documents),
@@ -158,7 +188,17 @@ def prepare(model: str | Path, spec: VerifySpec, trust_remote_code: bool, on_eve
         "versions": installed_versions(),
     }
     return Ready(
-        model, checkpoint, skeleton, tokenizer, checked, windows, recipe, prompts_file, prompts, spec
+        model,
+        checkpoint,
+        skeleton,
+        tokenizer,
+        checked,
+        windows,
+        recipe,
+        prompts_file,
+        prompts,
+        spec,
+        trust_remote_code,
     )
 
 
@@ -167,8 +207,8 @@ def note_little_text(ready: Ready, on_event: OnEvent) -> None:
     if not ready.spec.text and not is_embedded(ready.checkpoint.path):
         on_event(Noted("scoring on the package's own little text; name one of your model's kind: --text"))
     scored = sum(window.scored for window in ready.windows)
-    if scored < _FEW_TOKENS:
-        told = f"only {scored} tokens are scored: a loss of some per cent does not show below {_FEW_TOKENS}"
+    if scored < FEW_TOKENS:
+        told = f"only {scored} tokens are scored: a loss of some per cent does not show below {FEW_TOKENS}"
         on_event(Noted(told))
 
 
@@ -178,10 +218,15 @@ def score(
     """The scores of a model that is `Ready`. Raises as `evaluate`."""
     checkpoint = ready.checkpoint
     if reference:
-        require_same_tokens(ready, reference.scores)
+        require_kin(ready, reference.model, reference.trust_remote_code)
+        require_same_tokens(ready, reference.scores, reference.model, reference.trust_remote_code)
     found, divergence = _over_text(ready, reference, keep_logits, on_event)
     answers, tasks = _with_whole_model(ready, reference, on_event)
-    speed = tokens_per_second(ready.model, on_event=on_event) if ready.spec.speed else None
+    speed = (
+        tokens_per_second(ready.model, trust_remote_code=ready.trust_remote_code, on_event=on_event)
+        if ready.spec.speed
+        else None
+    )
     parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
     size = checkpoint.weights_size
     bits = round(8 * size / parameters, 4)
@@ -194,6 +239,7 @@ def score(
         divergence=divergence,
         answers=answers,
         speeds={speed.runtime: speed.tokens_per_second} if speed else {},
+        speed_recipe=asdict(speed) if speed else {},
         tasks=tasks.scores if tasks else {},
         task_recipe=tasks.recipe if tasks else {},
     )
@@ -230,6 +276,8 @@ def _over_text(
     sums = DivergenceSums(len(windows))
     against = _opened(ready, reference, on_event) if reference else None
     with contextlib.ExitStack() as stack:
+        if against:
+            stack.callback(against.close)
         writer: KeptLogitsWriter | None = None
         for n, tokens, logits in scored_logits(
             BlockStream(ready.skeleton, ready.checkpoint), windows, on_event
@@ -242,6 +290,12 @@ def _over_text(
                 if writer is None:  # now the size of the vocabulary is known
                     key = evaluate_recipe(ready.checkpoint.path, ready.spec).key
                     layout = plan_logits(key, windows, logits.shape[1], ready.spec.max_logits_size)
+                    if layout.kept < layout.vocabulary:
+                        told = (
+                            f"of {layout.vocabulary} logits a token the {layout.kept} likeliest are kept: "
+                            "divergences are lower bounds (--max-logits-size)"
+                        )
+                        on_event(Noted(told))
                     writer = stack.enter_context(KeptLogitsWriter(keep_logits, layout))
                 writer.add(n, logits)
     perplexity = summarize(units.sums(nll), units.tokens, ready.recipe)
@@ -254,10 +308,11 @@ def _over_text(
 
 def _opened(ready: Ready, reference: Reference, on_event: OnEvent) -> KeptLogits:
     """The reference's logits; computed anew where they are not there, or not those."""
-    path = Path(reference.scores.model)
+    path = resolve(reference.model)
     key = evaluate_recipe(path, ready.spec).key
     found = open_logits(reference.logits, key)
     if found is None:
+        on_event(Noted(f"the logits of {reference.model} are not there any more: computing them again"))
         spec = ready.spec.model_copy(update={"pairs": None, "text": str(evaluation_data(ready.spec)[0])})
         whole = replace(prepare(path, spec, reference.trust_remote_code, on_event), spec=ready.spec)
         _over_text(whole, None, reference.logits, on_event)
@@ -266,18 +321,36 @@ def _opened(ready: Ready, reference: Reference, on_event: OnEvent) -> KeptLogits
     return found
 
 
-def require_same_tokens(ready: Ready, reference: Evaluation) -> None:
+def require_kin(ready: Ready, reference: str | Path, trust_remote_code: bool) -> None:
+    """Raises CalibrationError for a candidate that was made from another model."""
+    theirs = text_and_skeleton(open_checkpoint(reference), trust_remote_code=trust_remote_code)
+    names = str(ready.model), str(reference)
+    require_same_shape(ready.skeleton, theirs[1], names)
+    require_same_embeddings((ready.checkpoint, ready.skeleton), theirs, names)
+
+
+def require_same_tokens(
+    ready: Ready, scores: Evaluation, reference: str | Path | None = None, trust_remote_code: bool = False
+) -> None:
     """Raises CalibrationError, with the first difference, where a model cuts the text otherwise."""
-    path, theirs = ready.checkpoint.path, reference.perplexity.recipe
+    path, theirs = ready.model, scores.perplexity.recipe
     if theirs.get("tokens") == ready.recipe["tokens"]:
         return
+    for key in ("text", "documents", "window", "stride"):
+        if theirs.get(key) != ready.recipe[key]:
+            raise CalibrationError(
+                f"{path} is scored with {key} {ready.recipe[key]}, its reference with {theirs.get(key)}",
+                expected="the same text and windows",
+                remedy="a smaller --window, which both can take" if key in ("window", "stride") else "",
+            )
     told = ""
-    if Path(reference.model).is_dir():
+    if reference is not None:
         text, _ = evaluation_data(ready.spec)
         documents = read_documents(text)[: ready.spec.max_documents]
-        told = _first_difference(documents, ready.tokenizer, load_tokenizer(Path(reference.model)))
+        tokenizer = load_tokenizer(resolve(reference), trust_remote_code=trust_remote_code)
+        told = _first_difference(documents, ready.tokenizer, tokenizer)
     raise CalibrationError(
-        f"{path} and its reference {reference.model} cut the text into different tokens{told}",
+        f"{path} and its reference {reference or scores.model} cut the text into different tokens{told}",
         expected="the same tokenizer beside both",
     )
 
@@ -288,7 +361,7 @@ def _first_difference(documents: list[str], ours: Any, theirs: Any) -> str:
         if a != b:
             at = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
             here, there = (
-                repr(tokenizer.decode(ids[at : at + 1])) if at < len(ids) else "the end"
+                f"{ids[at]} ({tokenizer.decode(ids[at : at + 1])!r})" if at < len(ids) else "the end"
                 for tokenizer, ids in ((ours, a), (theirs, b))
             )
             return f": after {at} tokens {here}, there {there}"
@@ -326,11 +399,14 @@ def _answers(ready: Ready, model: Any, reference: Reference | None, on_event: On
         (answer, text) for answer, text in zip(answered.texts, references, strict=True) if text is not None
     ]
     full = reference.scores.answers if reference else None
+    score = partial(score_texts, tokenize=ready.spec.bleu_tokenizer)
     return Answers(
         texts=tuple(answered.texts),
         tokens=sum(answered.tokens),
         seconds=answered.seconds,
-        references=score_texts(*map(list, zip(*with_reference, strict=True))) if with_reference else None,
-        full=score_texts(list(answered.texts), list(full.texts)) if full else None,
+        references=score([a for a, _ in with_reference], [r for _, r in with_reference])
+        if with_reference
+        else None,
+        full=score(list(answered.texts), list(full.texts)) if full else None,
         recipe=recipe,
     )

@@ -18,8 +18,11 @@ def failures(scores: Evaluation, loss: float, spec: VerifySpec) -> list[str]:
         found.append(f"loses {100 * loss:.2f} % of perplexity, at most {100 * spec.max_loss:g} % may be")
     if spec.max_kl is not None:
         kl = scores.divergence.mean if scores.divergence else math.nan
-        if not kl <= spec.max_kl:
-            found.append(f"has a KL divergence of {kl:.4g}, at most {spec.max_kl:g} may be")
+        recipe = scores.divergence.recipe if scores.divergence else {}
+        bound = recipe.get("kept_logits") != recipe.get("vocabulary")
+        if bound or not kl <= spec.max_kl:
+            least = "at least " if bound else ""
+            found.append(f"has a KL divergence of {least}{kl:.4g}, at most {spec.max_kl:g} may be")
     if spec.min_bleu is not None:
         against = scores.answers.references if scores.answers else None
         bleu = against.bleu.value if against else math.nan

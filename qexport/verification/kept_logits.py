@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -124,10 +125,13 @@ class KeptLogitsWriter:
 
 
 class KeptLogits:
-    """Reads such a file, a window at a time."""
+    """Reads such a file, a window at a time; `close` lets it go."""
 
     def __init__(self, path: Path, layout: Layout, begin: int) -> None:
         self.path, self.layout, self._begin = path, layout, begin
+        with read_errors(path):
+            self._file = os.open(path, os.O_RDONLY)  # another run may put other logits there meanwhile
+        self.close = weakref.finalize(self, os.close, self._file)
         self._starts = np.concatenate(([0], np.cumsum(layout.counts)))
 
     def divergence(self, window: int, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,9 +164,9 @@ class KeptLogits:
     def _read(self, window: int) -> Any:
         layout = self.layout
         size = layout.counts[window] * layout.record.itemsize
-        with read_errors(self.path), self.path.open("rb") as file:
-            begin = self._begin + int(self._starts[window]) * layout.record.itemsize
-            return np.frombuffer(os.pread(file.fileno(), size, begin), layout.record)
+        begin = self._begin + int(self._starts[window]) * layout.record.itemsize
+        with read_errors(self.path):
+            return np.frombuffer(os.pread(self._file, size, begin), layout.record)
 
 
 def open_logits(path: Path, key: str) -> KeptLogits | None:

@@ -64,7 +64,7 @@ def run_tasks(
     for one that runs what the model or the Hub wrote; CalibrationError for a dataset that is not there and
     MachineError for one that cannot be fetched.
     """
-    _require_lm_eval()
+    require_harness()
     with _quiet(), without_bars(), _seeds_kept(), _no_fetched_code() as fetched:
         from lm_eval import simple_evaluate
 
@@ -84,7 +84,8 @@ def run_tasks(
     return TaskScores(_scores(found["results"]), _recipe(found, limit))
 
 
-def _require_lm_eval() -> None:
+def require_harness() -> None:
+    """Raises MissingDependencyError where lm-evaluation-harness is not installed."""
     try:
         import lm_eval.models.huggingface  # noqa: F401 - it needs more than lm_eval alone
     except ImportError as error:

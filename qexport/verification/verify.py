@@ -38,7 +38,7 @@ def verify(
         full = evaluate(
             reference, spec, keep_logits=kept, trust_remote_code=trust_remote_code, on_event=on_event
         )
-        scores = score(ready, Reference(full, kept, trust_remote_code), None, on_event)
+        scores = score(ready, Reference(full, kept, reference, trust_remote_code), None, on_event)
     return VerifyResult(full, scores, relative_difference(full.perplexity, scores.perplexity))
 
 
