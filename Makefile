@@ -47,10 +47,10 @@ browser:
 
 test: lint types browser
 	@echo "== tests"
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: lint types
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 lint: setup
 	@echo "== format and lint"

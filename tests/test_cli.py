@@ -49,7 +49,7 @@ def test_summaries_of_the_commands_are_their_own(cli: RunCli) -> None:
     ("arguments", "message"),
     [
         (["quantise"], "no command 'quantise'; did you mean 'quantize'?"),
-        (["bake"], "no command 'bake'; known are convert, demo"),
+        (["bake"], "no command 'bake'; known are compare, convert"),
         (["merge", "x"], "Missing option '-a' / '--adapter'"),
         (["merge", "x", "-a", "y"], "Missing option '-o' / '--output'"),
         (["quantize", "x", "-o", "y"], "Missing option '--method'"),

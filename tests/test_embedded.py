@@ -115,5 +115,5 @@ def test_the_demos_files(demo: ExportResult) -> None:
     files = {path.name for path in demo.output.iterdir()}
     variants = {"bnb-8bit", "bnb-4bit"} | {f"{m}-{b}bit" for m in ("gptq", "rtn") for b in (4, 3, 2)}
     variants |= {"gguf-q8_0", "gguf-q4_k_m", "gguf-q2_k"}
-    assert files == {"merged", "sharded", "scores", *REPORT_FILES} | variants
+    assert files == {"merged", "sharded", "scores", "README.md", *REPORT_FILES} | variants
     assert (Path(demo.output) / "sharded" / "model.safetensors.index.json").is_file()

@@ -340,9 +340,10 @@ def test_licences_and_the_token_that_pads_come_along(llama: Path, tmp_path: Path
     for name in licences:
         assert (tmp_path / "back" / name).read_text() == f"this is {name}"
         assert not (tmp_path / "back" / name).is_symlink()
-    assert not {"README.md", "modeling.py", "tokenizer.model"} & {
-        f.name for f in (tmp_path / "back").iterdir()
-    }
+    assert not {"modeling.py", "tokenizer.model"} & {f.name for f in (tmp_path / "back").iterdir()}
+    assert (
+        "this is README.md" not in (tmp_path / "back" / "README.md").read_text()
+    )  # it has a card of its own
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text()) == ids
 
 

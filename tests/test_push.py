@@ -56,6 +56,11 @@ SOON = Patience(first_wait=0.001, longest_wait=0.01)
 ONCE = Patience(attempts=1)
 ROOT = Path(__file__).resolve().parents[1]
 STORAGE = r"^/storage/"
+# a shell's background jobs start with Ctrl-C ignored, and the tests may run in one
+PUSH = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "from qexport.cli.main import main; main(sys.argv[1:])"
+)
 _left: list[Any] = []  # what was begun and is not to be tidied up
 
 
@@ -389,7 +394,7 @@ def test_a_stopped_push_commits_nothing_and_goes_on(model: Path, hub: HubServer,
         "PYTHONPATH": str(ROOT),
     }
     with subprocess.Popen(
-        [sys.executable, "-m", "qexport", "push", str(model), REPO],
+        [sys.executable, "-c", PUSH, "push", str(model), REPO],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

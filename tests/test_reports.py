@@ -510,3 +510,14 @@ def test_the_realistic_report_is_its_own_reading() -> None:
     whole = realistic_report()
     assert Report.model_validate_json(whole.model_dump_json()) == whole
     assert isinstance(changes(whole, whole)[0], Change)
+
+
+def test_a_narrow_terminal_goes_without_some_columns() -> None:
+    rows = realistic_report().rows
+    whole, _ = table(rows, short=True)
+    for width in (200, 140, 100, 80):
+        titles, lines = table(rows, short=True, width=width)
+        assert {"variant", "loss", "KL", "gate"} <= set(titles) <= set(whole)
+        longest = [max(map(len, column)) for column in zip(titles, *lines, strict=True)]
+        assert sum(longest) + 2 * len(longest) <= width
+    assert table(rows, short=True, width=200)[0] == whole

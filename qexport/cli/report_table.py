@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,9 @@ def show_report(report: Report, out: Output, data: dict[str, Any], directory: Pa
     from qexport.report.files import PAGE_FILE, TABLE_FILE
     from qexport.report.tables import table
 
-    columns, rows = table(report.rows, short=True)
+    # on a terminal that is too narrow for all columns; --json, files and pipes have all of them
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    columns, rows = table(report.rows, short=True, width=width)
     out.table(report.title, columns, rows, data)
     page = directory / PAGE_FILE
     for line in (

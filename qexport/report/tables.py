@@ -89,13 +89,29 @@ _CELLS: dict[str, Callable[[Row], str]] = {
 _LONG = ("KL 99 %", "chrF", "ROUGE-L", "exact match", *_TO_FULL)
 
 
-def table(rows: Sequence[Row], *, short: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Titles of the columns, and the rows as text. The scores of tasks are columns of their own."""
+# what a narrow terminal goes without, first what is missed least
+_SPARED = (
+    *("method", "bits", "peak memory", "time", "perplexity", "same top token", "tokens/s", "BLEU"),
+    *("bits a weight", "size"),
+)
+
+
+def table(
+    rows: Sequence[Row], *, short: bool = False, width: int | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns, and the rows as text. The scores of tasks are columns of their own.
+
+    `short` leaves long columns out; with `width`, characters, others go too until the rest has room.
+    """
     tasks = sorted({task for row in rows for task in row.tasks})
     cells = {title: [cell(row) for row in rows] for title, cell in _CELLS.items()}
     for task in tasks:
         cells[task] = [f"{row.tasks[task].value:.3f}" if task in row.tasks else "" for row in rows]
     kept = [title for title, texts in cells.items() if any(texts) and not (short and title in _LONG)]
+    for spared in _SPARED if width else ():
+        if sum(2 + max(map(len, (title, *cells[title]))) for title in kept) <= (width or 0):
+            break
+        kept = [title for title in kept if title != spared]
     return kept, [[cells[title][number] for title in kept] for number in range(len(rows))]
 
 
@@ -121,7 +137,8 @@ def report_markdown(report: Report) -> str:
     bound = " (≥: from its likeliest tokens alone)" if any(row.kl_at_least for row in report.rows) else ""
     return (
         f"# {plain(report.title)}\n\n{plain(report.verdict)}\n\n{table_markdown(report.rows)}\n\n{failed}"
-        "Loss is the rise of perplexity over the first row, ± the paired standard error; KL the divergence "
+        "In the words above, ± is a 95 % interval. In the table loss is the rise of perplexity over the "
+        "first row, ± its paired standard error; KL the divergence "
         f"from the first row's predictions, nats a token{bound}; BLEU, chrF, ROUGE-L and exact match come "
         "with half their 95 % bootstrap intervals, against the references and the first row's answers."
         f"\n\n{recipes}\n"

@@ -82,11 +82,11 @@ def evaluation_data(spec: VerifySpec) -> tuple[Path, Path | None]:
 
 def evaluation_prompts(spec: VerifySpec) -> tuple[Prompt, ...]:
     """The prompts that are answered, none where there are none. Raises CalibrationError."""
+    if len(spec.languages) not in (0, 2):
+        raise SpecError(f"--languages {','.join(spec.languages)}", expected="two, source and target: de,en")
     _, pairs = evaluation_data(spec)
     if pairs is None:
         return ()
-    if len(spec.languages) not in (0, 2):
-        raise SpecError(f"--languages {','.join(spec.languages)}", expected="two, source and target: de,en")
     languages = (spec.languages[0], spec.languages[1]) if spec.languages else None
     return read_prompts(pairs, languages=languages, wording=spec.wording)[: spec.max_pairs]
 
