@@ -62,8 +62,8 @@ def help_blocks() -> str:
 
 
 def demo_table(directory: Path) -> str:
-    """The rows of the demo's report.json."""
-    return table_markdown(read_report(directory).rows)
+    """The rows of the demo's report.json, in the columns that a terminal shows."""
+    return table_markdown(read_report(directory).rows, short=True)
 
 
 def take_picture(page: Path, picture: Path) -> None:

@@ -115,9 +115,9 @@ def table(
     return kept, [[cells[title][number] for title in kept] for number in range(len(rows))]
 
 
-def table_markdown(rows: Sequence[Row]) -> str:
+def table_markdown(rows: Sequence[Row], *, short: bool = False) -> str:
     """The rows as a Markdown table; names and all else stand in it as they are, never as markup."""
-    titles, lines = table(rows)
+    titles, lines = table(rows, short=short)
     return "\n".join(
         [
             f"| {' | '.join(map(plain, titles))} |",
