@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeVar
 import click
 
 from qexport.checkpoint.gguf_files import in_the_users_words
-from qexport.errors import QexportError
 from qexport.events import Advanced, Event, Finished, Noted, OnEvent, Started
 from qexport.results import plain
 
@@ -89,12 +88,9 @@ class Output:
 
     def card(self, directory: Path) -> None:
         """Writes the model card of an output that stands; what keeps it from that is but a note."""
-        from qexport.report.card import write_card
+        from qexport.report.card import noted_card, write_card
 
-        try:
-            write_card(directory)
-        except QexportError as error:
-            self.note(f"note: no model card: {error}")
+        noted_card(self._notes_only, write_card, directory)
 
     @contextmanager
     def listening(self) -> Iterator[OnEvent]:

@@ -110,7 +110,7 @@ def _require_a_task(
 
 
 def _show_loss(out: Output, result: VerifyResult) -> None:
-    from qexport.report.rows import recipe_lines
+    from qexport.report.recipes import recipe_lines
     from qexport.report.tables import format_interval, format_kl, format_loss, format_perplexity
 
     rows = [

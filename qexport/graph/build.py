@@ -34,7 +34,7 @@ from qexport.modeling.skeleton import Skeleton
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.publishing.spec import PushRecipe
 from qexport.quantization.quantize import planned_size
-from qexport.report.rows import FULL
+from qexport.report.content import FULL
 from qexport.specs import METHODS, AnyQuantizeSpec, CalibrationSpec, ShardSpec, VerifySpec
 from qexport.verification.evaluate import FEW_TOKENS, evaluation_data, evaluation_prompts
 from qexport.verification.kinship import require_same_shape

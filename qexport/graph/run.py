@@ -14,6 +14,7 @@ from qexport.graph.recipe import AnyRecipe, ExportRecipe, read_recipe
 from qexport.graph.scoring import PushTask
 from qexport.graph.tasks import Context, Task
 from qexport.report.content import Report
+from qexport.report.files import read_report
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def export(
         output=job.output,
         title=job.title,
         models=tuple(MadeModel(task.name, task.out, task.size_bytes()) for task in job.models),
-        report=job.report.report() if job.report else None,
+        report=read_report(job.report.out) if job.report else None,
         ran=tuple(ran),
         skipped=tuple(skipped),
     )

@@ -21,16 +21,16 @@ from qexport.checkpoint.staging import write_file_atomically
 from qexport.errors import CorruptFileError, OutputExistsError, QexportError
 from qexport.events import Noted
 from qexport.formats.opening import open_checkpoint
-from qexport.graph.tasks import Context, ModelTask, QuantizeTask, Source, Task, noted_card, path_of
+from qexport.graph.tasks import Context, ModelTask, QuantizeTask, Source, Task, path_of
 from qexport.publishing.options import check_options
 from qexport.publishing.push import check_repo_id, push, require_token
 from qexport.publishing.spec import PushRecipe, PushSpec
-from qexport.report.card import write_card
+from qexport.report.card import noted_card, write_card
 from qexport.report.card_several import write_card_of_several
-from qexport.report.content import Report
-from qexport.report.files import CARD_PLOT, require_own, write_report
+from qexport.report.content import FULL, Report
+from qexport.report.files import CARD_PLOT, read_report, require_own, write_report
 from qexport.report.layer_errors import layer_errors
-from qexport.report.rows import FULL, Variant, make_report
+from qexport.report.rows import Variant, make_report
 from qexport.results import Evaluation
 from qexport.specs import SOLVERS, VerifySpec
 from qexport.verification.evaluate import Reference, evaluate, evaluate_recipe, evaluation_prompts
@@ -283,7 +283,7 @@ class PushTask(Task):
 
     def run(self, context: Context) -> None:
         """See `push`. Pushes nothing, and says so, when a variant does not pass its gates."""
-        if failing := [row.variant for row in self.report.report().rows if row.failures]:
+        if failing := [row.variant for row in read_report(self.report.out).rows if row.failures]:
             told = f"nothing was pushed: {', '.join(failing)} did not pass the gate"
             context.on_event(Noted(told))
             return

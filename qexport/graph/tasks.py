@@ -7,10 +7,8 @@ its options and qexport's version, and when every file still has its hash.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qexport.checkpoint.disk import exists, is_file
 from qexport.checkpoint.hub import resolve
@@ -23,13 +21,13 @@ from qexport.checkpoint.manifest import (
 )
 from qexport.checkpoint.resharding import shard, shard_recipe
 from qexport.checkpoint.staging import check_target
-from qexport.errors import OutputExistsError, QexportError
-from qexport.events import Noted, OnEvent
+from qexport.errors import OutputExistsError
+from qexport.events import OnEvent
 from qexport.measure import Measured
 from qexport.merging.adapter import split_weight
 from qexport.merging.merge import merge, merge_recipe
 from qexport.quantization.quantize import quantize, quantize_recipe
-from qexport.report.card import write_card
+from qexport.report.card import noted_card, write_card
 from qexport.specs import (
     AnyQuantizeSpec,
     MergeSpec,
@@ -43,14 +41,6 @@ class Context:
 
     on_event: OnEvent
     trust_remote_code: bool = False
-
-
-def noted_card(on_event: OnEvent, write: Callable[..., None], *given: Any) -> None:
-    """Writes a model card; what keeps it from that (a user's own that cannot be read) is but a note."""
-    try:
-        write(*given)
-    except QexportError as error:
-        on_event(Noted(f"no model card: {error}"))
 
 
 @dataclass(frozen=True)

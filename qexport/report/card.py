@@ -7,12 +7,15 @@ comes from a report, or from what was measured into qexport.json.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qexport.checkpoint.disk import is_file
 from qexport.checkpoint.staging import whole_file, write_file_atomically
-from qexport.errors import InputError
+from qexport.errors import InputError, QexportError
+from qexport.events import Noted, OnEvent
 from qexport.report.card_body import card_body, title_of
 from qexport.report.card_facts import PLOT_FILE, CardFacts, card_facts
 from qexport.report.card_file import CARD_FILE, EMPTY, Card, merged, read_card
@@ -76,3 +79,11 @@ def own_rows(facts: CardFacts, report: Report | None, variant: str | None) -> tu
         return found
     called = {file.name for file in facts.files if facts.form == GGUF} | {facts.directory.resolve().name}
     return tuple(row for row in report.rows if Path(row.path).name in called)
+
+
+def noted_card(on_event: OnEvent, write: Callable[..., None], *given: Any) -> None:
+    """Writes a model card; what keeps it from that (a user's own that cannot be read) is but a note."""
+    try:
+        write(*given)
+    except QexportError as error:
+        on_event(Noted(f"no model card: {error}"))

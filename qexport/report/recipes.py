@@ -8,6 +8,7 @@ from typing import Any
 
 from qexport.report.content import Report
 from qexport.results import Evaluation
+from qexport.verification.divergence import is_bound
 
 _TEXT = ("data", "tokens", "window", "stride")
 # measure -> the keys of its recipe without which two numbers are of different things; versions may differ
@@ -41,12 +42,6 @@ def _speed(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What all of a runtime's speeds have in common: of the tokens how many."""
     common = {key: recipe.get(key) for key in ("device", "threads", "versions")}
     return {**common, **{key: len(recipe.get(key, ())) for key in ("prompt", "generated")}}
-
-
-def is_bound(kl: Mapping[str, Any]) -> bool:
-    """Whether the divergence of this recipe is a lower bound: not all values of a token were kept."""
-    kept, of = kl.get("kept_logits"), kl.get("vocabulary")
-    return isinstance(kept, int) and isinstance(of, int) and kept < of
 
 
 def recipe_lines(*evaluations: Evaluation) -> list[str]:

@@ -10,7 +10,6 @@ from typing import Any
 
 from qexport import results
 from qexport.report.content import (
-    FULL,
     Comparison,
     Interval,
     Layers,
@@ -21,16 +20,14 @@ from qexport.report.content import (
     TextScores,
     Z,
 )
-from qexport.report.recipes import is_bound, recipe_lines, recipes
+from qexport.report.recipes import recipe_lines, recipes
 from qexport.report.verdict import verdict
 from qexport.results import Difference, Evaluation
 from qexport.specs import VerifySpec
-from qexport.verification.divergence import divergence_difference
+from qexport.verification.divergence import divergence_difference, is_bound
 from qexport.verification.gate import failures
 from qexport.verification.perplexity import log_difference, relative_difference
 from qexport.version import __version__
-
-__all__ = ["FULL", "Variant", "make_report", "recipe_lines"]
 
 _SAMPLES = 12
 _MOST_BITS = 64

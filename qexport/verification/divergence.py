@@ -84,3 +84,9 @@ def divergence_difference(first: Divergence, second: Divergence) -> Difference:
         raise ValueError("the two divergences were measured on different text")
     gaps = [b - a for a, b in zip(first.unit_sums, second.unit_sums, strict=True)]
     return Difference(sum(gaps) / first.tokens, standard_error(gaps, first.unit_tokens))
+
+
+def is_bound(kl: Mapping[str, Any]) -> bool:
+    """Whether the divergence of this recipe is a lower bound: not all values of a token were kept."""
+    kept, of = kl.get("kept_logits"), kl.get("vocabulary")
+    return isinstance(kept, int) and isinstance(of, int) and kept < of

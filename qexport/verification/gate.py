@@ -6,6 +6,7 @@ import math
 
 from qexport.results import Evaluation
 from qexport.specs import VerifySpec
+from qexport.verification.divergence import is_bound
 
 
 def failures(scores: Evaluation, loss: float, spec: VerifySpec) -> list[str]:
@@ -19,7 +20,7 @@ def failures(scores: Evaluation, loss: float, spec: VerifySpec) -> list[str]:
     if spec.max_kl is not None:
         kl = scores.divergence.mean if scores.divergence else math.nan
         recipe = scores.divergence.recipe if scores.divergence else {}
-        bound = recipe.get("kept_logits") != recipe.get("vocabulary")
+        bound = is_bound(recipe)
         if bound or not kl <= spec.max_kl:
             least = "at least " if bound else ""
             found.append(f"has a KL divergence of {least}{kl:.4g}, at most {spec.max_kl:g} may be")
