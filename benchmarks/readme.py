@@ -9,11 +9,14 @@ demo's table as it came out.
     .venv/bin/python -m benchmarks.readme --gguf encoders.json
     .venv/bin/python -m benchmarks.compare > compare.md
     .venv/bin/python -m benchmarks.readme --compare compare.md
+    .venv/bin/python -m benchmarks.quality --markdown quality.md
+    .venv/bin/python -m benchmarks.readme --quality quality.md
+    .venv/bin/python -m benchmarks.quantize blocks --markdown speed.md
+    .venv/bin/python -m benchmarks.readme --speed speed.md
 
 Each option writes one part: the demo's table from its report.json, and the picture of its page; the table
-of benchmarks/memory.py, which is run for it; those of benchmarks/merge.py, gguf.py and compare.py from what
-they wrote. The commands' help and the
-table of runtimes are always written.
+of benchmarks/memory.py, which is run for it; those of benchmarks/merge.py, gguf.py, compare.py, quality.py
+and quantize.py from what they wrote. The commands' help and the table of runtimes are always written.
 """
 
 from __future__ import annotations
@@ -95,6 +98,8 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--merge", type=Path, metavar="JSON")
     parser.add_argument("--compare", type=Path, metavar="MARKDOWN")
+    parser.add_argument("--quality", type=Path, metavar="MARKDOWN")
+    parser.add_argument("--speed", type=Path, metavar="MARKDOWN")
     parser.add_argument("--gguf", type=Path, metavar="JSON", action="append", default=[])
     options = parser.parse_args()
     text = replaced(README.read_text(encoding="utf-8"), "commands", help_blocks())
@@ -109,6 +114,9 @@ def main() -> None:
         )
     if options.compare:
         text = replaced(text, "compare", options.compare.read_text(encoding="utf-8"))
+    for part in ("quality", "speed"):
+        if file := getattr(options, part):
+            text = replaced(text, part, file.read_text(encoding="utf-8"))
     if options.merge:
         text = replaced(text, "merge", merge_part(options.merge))
     for file in options.gguf:

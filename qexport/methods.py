@@ -27,9 +27,9 @@ from qexport.formats import (
 from qexport.formats.format import Format, Wish
 from qexport.grids.grid import Grid, SelfFitting, encode
 from qexport.solvers.awq import search_clip
-from qexport.solvers.gptq import Curvature, curvature
-from qexport.solvers.gptq import gptq as solve_gptq
+from qexport.solvers.gptq import Curvature, curvature, gptq_codes, toward_full_outputs
 from qexport.solvers.hqq import half_quadratic
+from qexport.solvers.refine import damped, refine
 from qexport.solvers.rtn import round_to_nearest
 from qexport.solvers.search import search
 from qexport.specs import AnyQuantizeSpec, AwqGptqSpec, AwqSpec, CalibrationSpec, GptqSpec, ImportanceSpec
@@ -67,10 +67,14 @@ FORMATS: dict[str, FormatRow] = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a calibrated solver makes of the Hessian [in, in] of layers that share an input."""
+    """What a calibrated solver makes of the Hessian [in, in] of layers that share an input.
+
+    `cross` [in, in], the mean of (x' - x) x^T, is set where inputs x' of the full-precision model are known.
+    """
 
     hessian: torch.Tensor
     curvature: Curvature | None = None
+    cross: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,33 +97,58 @@ class Solving:
         """Codes of `weight` [out, in] without data: by the solver, or by scale search if it wants some."""
         return _DATA_FREE.get(self.spec.solver, search)(weight, grid)
 
-    def prepare(self, hessian: torch.Tensor, grid: Grid) -> Prepared:
-        """What `solve` needs, computed once for layers that share an input and a grid."""
+    @property
+    def follows(self) -> bool:
+        """Whether each layer is to see what those before it became, not what the full model has there."""
+        return isinstance(self.spec, GptqSpec) and self.spec.effort != "fast"
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether errors are weighed by what the model's loss makes of them, and blocks tuned at the end."""
+        return isinstance(self.spec, GptqSpec) and self.spec.effort == "best"
+
+    def prepare(self, hessian: torch.Tensor, grid: Grid, cross: torch.Tensor | None = None) -> Prepared:
+        """What `target` and `solve` need, computed once for layers that share an input and a grid."""
         spec = self.spec
         if not isinstance(spec, GptqSpec) or not _has_lines(grid):
             return Prepared(hessian)
         width = grid.group_width(len(hessian))
         order = curvature(hessian, damp=spec.damp, act_order=spec.act_order, group_size=width)
-        return Prepared(hessian, order)
+        return Prepared(hessian, order, cross)
 
-    def solve(self, weight: torch.Tensor, prepared: Prepared, grid: Grid) -> Any:
-        """Codes of `weight` [out, in] that keep its outputs on the calibration inputs."""
+    def target(self, weight: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        """What codes of `weight` [out, in] should come to: itself, or what makes up for changed inputs."""
+        if prepared.curvature is None or prepared.cross is None:
+            return weight
+        return toward_full_outputs(weight, prepared.cross, prepared.curvature)
+
+    def solve(
+        self, weight: torch.Tensor, prepared: Prepared, grid: Grid, outputs: torch.Tensor | None = None
+    ) -> Any:
+        """Codes of a target [out, in] that keep its outputs on the calibration inputs.
+
+        `outputs` [blocks, size, size], see `refine`, tells what errors of which outputs cost.
+        """
         spec, scales = self.spec, None
         if isinstance(spec, ImportanceSpec) or (isinstance(grid, SelfFitting) and not prepared.curvature):
             return search(weight, grid, prepared.hessian.diagonal())
         if isinstance(spec, (AwqSpec, AwqGptqSpec)) and spec.clip and not isinstance(grid, SelfFitting):
             shrink = search_clip(weight, prepared.hessian, grid, points=spec.grid_points)
             scales = grid.fit(weight, shrink)
-        if isinstance(spec, GptqSpec) and prepared.curvature:
-            return solve_gptq(
-                weight,
-                prepared.curvature,
-                grid,
-                static_groups=spec.static_groups,
-                scales=scales,
-                searched=spec.search_scales,
-            )
-        return encode(grid, weight, grid.fit(weight) if scales is None else scales)
+        if not isinstance(spec, GptqSpec) or not prepared.curvature:
+            return encode(grid, weight, grid.fit(weight) if scales is None else scales)
+        chosen = gptq_codes(
+            weight,
+            prepared.curvature,
+            grid,
+            static_groups=spec.static_groups,
+            scales=scales,
+            searched=spec.search_scales,
+        )
+        if spec.effort != "fast":
+            hessian = damped(prepared.hessian, prepared.curvature.damp)
+            chosen = refine(weight, chosen, hessian, grid, outputs)
+        return chosen.assembled(grid)
 
 
 @dataclass(frozen=True)

@@ -76,19 +76,32 @@ class GgufFileResult:
 
 
 @dataclass(frozen=True)
+class PlanRow:
+    """Layers that a plan gives the same bits and group size: how many, their weights, and what they are
+    predicted to cost together, nats a token, where that was measured."""
+
+    bits: int
+    group_size: int | None
+    layers: int
+    weights: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class QuantizeResult:
     """A quantized checkpoint and what it took.
 
     The weights lie `copies` times in the output. `bits_per_weight` counts every byte of the safetensors,
     embeddings and scales included, over every parameter; `layer_bits_per_weight` the quantized layers alone.
-    `files` has the GGUF models; then the size is that of all, the rest the smallest one's.
+    `bits` is the mean over the weights where layers differ. `files` has the GGUF models; then the size is
+    that of all, the rest the smallest one's. `plan` counts the layers where bits were allotted to them.
     """
 
     path: Path
     method: str
     solver: str
     format: str
-    bits: int
+    bits: float
     quantized_layers: int
     layers_left: tuple[str, ...]
     size_bytes: int
@@ -99,6 +112,7 @@ class QuantizeResult:
     peak_bytes: int
     tensors: tuple[TensorError, ...]
     files: tuple[GgufFileResult, ...] = ()
+    plan: tuple[PlanRow, ...] = ()
 
     def worst(self, count: int = 5) -> list[TensorError]:
         """The tensors that lost most: by their outputs where those were seen, else by their values."""

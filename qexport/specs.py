@@ -9,9 +9,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from qexport.errors import SpecError
 from qexport.sizes import parse_share, parse_size
@@ -109,6 +109,8 @@ class MergeSpec(ShardSpec):
 class CalibrationSpec(Spec):
     """The text whose activations a calibrated method sees."""
 
+    TEXT: ClassVar[tuple[str, ...]] = ("calibration", "samples", "sequence_length", "seed")  # what they are
+
     calibration: _Names = Field(
         (),
         description="text, JSON or JSON-lines file, 'self' (the model's own words) or 'default' (the "
@@ -117,6 +119,11 @@ class CalibrationSpec(Spec):
     samples: int = Field(128, ge=1, description="calibration samples")
     sequence_length: int = Field(512, ge=8, description="tokens a sample; at most what the model can take")
     seed: int = Field(0, ge=0, description="choice of the calibration samples")
+    memory: Size = Field(
+        4_000_000_000,
+        description="memory for hidden states; the rest of them goes to a temporary file beside the output; "
+        "default: 4GB",
+    )
 
 
 FormatName = Literal[
@@ -135,17 +142,47 @@ MethodName = Literal["rtn", "bnb", "eetq", "hqq", "mlx", "gguf", "gptq", "awq"]
 Bits = Literal[1, 2, 3, 4, 5, 6, 8]
 
 
+def parse_bits(text: str) -> int | float:
+    """'4' as 4, and '3.5' or '4.0', an average over the layers, as a float.
+
+    Raises ValueError for what is neither a width nor an average of widths.
+    """
+    widths: tuple[int, ...] = get_args(Bits)
+    if text in map(str, widths):
+        return int(text)
+    if re.fullmatch(r"\d\.\d+", text) and widths[0] <= float(text) <= widths[-1]:
+        return float(text)
+    raise ValueError(f"{text!r} is not one of {', '.join(map(str, widths))} nor an average such as 3.5")
+
+
 class WeightsSpec(ShardSpec):
     """What every solver's spec has: the grid and the format, and which layers take part.
 
-    A format refuses a grid that it has not; None leaves the choice to it.
+    A format refuses a grid that it has not; None leaves the choice to it. `bits` given as a float is
+    `average_bits`, and `bits` then the next width above: that of layers that no plan names.
     """
+
+    BUDGETS: ClassVar[tuple[str, ...]] = ("average_bits", "target_size", "max_loss")
 
     format: FormatName = Field("gptq", description="layout of the files; default: the method's own")
     max_shard_size: Size = Field(
         5_000_000_000, description="largest file, e.g. 5GB or 500MB; default: 5GB, gguf one file"
     )
-    bits: Bits = Field(4, description="bits a weight; default: 4, eetq 8")
+    bits: Bits = Field(
+        4, description="bits a weight; with a point, as 3.5, the average of a plan; default: 4, eetq 8"
+    )
+    average_bits: float | None = Field(None, ge=1, le=8)  # no description, no option: it is given as `bits`
+    target_size: Size | None = Field(
+        None,
+        description="largest size of all weights, e.g. 4GB: each layer gets the bits and the group size that "
+        "cost the model least",
+    )
+    max_loss: Share | None = Field(
+        None, description="the smallest file that is to raise the perplexity by no more, e.g. 3%"
+    )
+    plan: str | None = Field(
+        None, description="bits and group sizes from a bits_plan.json, edited or as --plan-only made it"
+    )
     group_size: int | None = Field(
         None,
         description="inputs that share a scale, -1 for a whole row; "
@@ -184,11 +221,25 @@ class WeightsSpec(ShardSpec):
     lm_head: bool = Field(False, description="quantize the output head too")
     embeddings: bool = Field(False, description="quantize the input embeddings too")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _averaged(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and isinstance(bits := values.get("bits"), float):
+            above = [width for width in get_args(Bits) if width >= bits]
+            # what is out of range is told as such of `average_bits`
+            return {**values, "bits": above[0] if above else 8, "average_bits": bits}
+        return values
+
     @property
-    def width(self) -> int:
+    def budget(self) -> str | None:
+        """Which of BUDGETS is set; the rest is None."""
+        return next((name for name in self.BUDGETS if getattr(self, name) is not None), None)
+
+    @property
+    def width(self) -> int | float:
         """Bits a code: those that the first of GGUF's types has in its name, where there is one."""
         told = re.search(r"\d+", self.type[0]) if self.type else None
-        return int(told[0]) if told else self.bits
+        return int(told[0]) if told else self.average_bits or self.bits
 
 
 class RtnSpec(WeightsSpec):
@@ -237,8 +288,11 @@ class GptqSpec(WeightsSpec, CalibrationSpec):
     search_scales: bool = Field(
         True, description="fit scales to the error that the Hessian's diagonal weighs, not to the range"
     )
-    true_sequential: bool = Field(
-        True, description="within a block, let each layer see what those before it became"
+    effort: Literal["fast", "balanced", "best"] = Field(
+        "balanced",
+        description="fast: GPTQ, every layer by the full-precision model's inputs; balanced: each layer "
+        "makes up for those before it, codes and scales refined; best: errors weighed by what they do to the "
+        "model's output too, and blocks tuned",
     )
 
 
@@ -313,7 +367,7 @@ METHODS: dict[MethodName, Preset] = {
     "awq": Preset("awq", "awq"),
 }
 # who gives one of these for GGUF wants the search to heed it
-_MEANS_IMPORTANCE = {"imatrix", *CalibrationSpec.model_fields}
+_MEANS_IMPORTANCE = {"imatrix", *CalibrationSpec.TEXT}
 
 
 def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -336,6 +390,10 @@ def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
     if "bits" in given and "type" in given:
         types = ",".join(split_list(given["type"]))
         raise SpecError(f"--bits {given['bits']} beside --type {types}", expected="one of the two")
+    budgets = [name for name in ("bits", "target_size", "max_loss", "plan") if name in given]
+    if len(budgets) > 1:
+        flags = [f"--{name.replace('_', '-')} {given[name]}" for name in budgets]
+        raise SpecError(" beside ".join(flags), expected="one of them")
     if preset.format == "gguf" and solver is None and given.keys() & _MEANS_IMPORTANCE:
         preset = preset._replace(solver="importance")
     return {**preset._asdict(), **given}
@@ -380,6 +438,10 @@ class VerifySpec(Spec):
     max_pairs: int | None = Field(None, ge=1, description="use the first pairs only")
     max_new_tokens: int = Field(96, ge=1, description="longest generated answer, in tokens")
     batch_size: int = Field(32, ge=1, description="prompts generated at once")
+    memory: Size = Field(
+        4_000_000_000,
+        description="memory for hidden states; the rest of them goes to a temporary file; default: 4GB",
+    )
     tasks: _List = Field(
         (),
         description="lm-evaluation-harness tasks too, by name, or YAML files of your own; needs "

@@ -12,7 +12,9 @@ from qexport.grids.bnb4 import Bnb4Grid
 from qexport.grids.grid import Grid
 from qexport.grids.int8_rows import Int8RowGrid
 from qexport.grids.integer import IntegerGrid, Zero
-from qexport.solvers.gptq import ActOrder, curvature, gptq, inverse_factor
+from qexport.solvers import evenly
+from qexport.solvers.cholesky import damped_factor, lower_factor
+from qexport.solvers.gptq import ActOrder, curvature, gptq
 from qexport.solvers.rtn import round_to_nearest
 from qexport.solvers.search import search_scales
 
@@ -82,6 +84,25 @@ def test_values_are_those_of_the_plain_algorithm(inputs: int, group: int, bits: 
     plain = one_column_at_a_time(weight, hessian, grid, list(range(inputs)), static=False)
     # fp32 against fp64: a value in the middle between two codes may fall to either side, and what follows it
     assert (ours - plain).abs().gt(1e-4).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if not isinstance(grid, Bnb4Grid)], ids=str)
+@pytest.mark.parametrize("static", [True, False])
+def test_compiled_loops_and_those_in_torch_agree(
+    grid: Grid, static: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = problem(70, 300)
+    prepared = curvature(hessian, act_order="group-aware", group_size=grid.group_width(300))
+
+    def solved() -> torch.Tensor:
+        return grid.decode(gptq(weight, prepared, grid, static_groups=static, searched=True))
+
+    assert evenly.code_range(grid, weight) is not None
+    compiled = solved()
+    monkeypatch.setattr(evenly, "kernels", lambda: None)
+    assert evenly.code_range(grid, weight) is None
+    # sums in another order: a value in the middle may fall to either side, and what follows it in its row
+    assert (solved() - compiled).abs().gt(1e-4).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("zero", ["middle", "integer"])
@@ -231,16 +252,39 @@ def test_fewer_tokens_than_inputs() -> None:
     assert solved < 0.3 * loss(grid.decode(round_to_nearest(weight, grid)), weight, hessian)
 
 
-@pytest.mark.parametrize("inputs", [48, 300, 601])
-def test_the_inverse_factor(inputs: int) -> None:
+@pytest.mark.parametrize("inputs", [48, 512, 601, 1100])
+def test_the_factor(inputs: int) -> None:
     _, hessian = problem(1, inputs)
-    factor, damp = inverse_factor(hessian, 0.01)
+    factor, damp = damped_factor(hessian.clone(), 0.01)
     damped = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(inputs)
     assert damp == 0.01
     assert torch.equal(factor, factor.triu())
-    # the one factor with a positive diagonal
-    expected = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
-    torch.testing.assert_close(factor.double(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+    # the one factor with a positive diagonal, whose inverse is the paper's
+    expected = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    assert (factor - expected).norm() < 1e-5 * expected.norm()
+    assert (factor.double() @ factor.double().t() - damped).abs().max() < 1e-6 * damped.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_triangle_is_taken_for_the_whole(dtype: torch.dtype) -> None:
+    _, hessian = problem(1, 700)
+    matrix = hessian.to(dtype) + 0.1 * torch.eye(700, dtype=dtype)
+    found = lower_factor(matrix.tril())
+    assert found is not None
+    torch.testing.assert_close(found, torch.linalg.cholesky(matrix), rtol=1e-3, atol=1e-4)
+    matrix[600, 600] = -1
+    assert lower_factor(matrix) is None
+
+
+def test_a_factor_that_fp32_cannot_reach_is_found_in_fp64() -> None:
+    """Two inputs that are all but the same, and a damping far below fp32's digits."""
+    x = torch.randn(2000, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    x[:, 1] = x[:, 0]
+    hessian = (x.t() @ x / 2000).float()
+    hessian[0, 1] = hessian[1, 0] = hessian[0, 0] = hessian[1, 1]
+    factor, damp = damped_factor(hessian.clone(), 1e-9)
+    assert bool(factor.isfinite().all())
+    assert damp <= 1e-5
 
 
 def test_damping_rises_until_a_deficient_hessian_can_be_inverted() -> None:
@@ -248,14 +292,14 @@ def test_damping_rises_until_a_deficient_hessian_can_be_inverted() -> None:
     hessian = (x.t() @ x).double()
     hessian -= 1e-3 * hessian.diagonal().mean() * torch.eye(64)  # not even semi-definite
     prepared = curvature(hessian.float(), damp=1e-6)
-    assert bool(prepared.Hinv.isfinite().all())
+    assert bool(prepared.factor.isfinite().all())
     assert prepared.damp == pytest.approx(1e-2)
     assert curvature(torch.eye(4), damp=0.05).damp == 0.05
 
 
 def test_a_hopeless_hessian_is_told() -> None:
     with pytest.raises(NonFiniteError, match="not positive definite"):
-        inverse_factor(-torch.eye(8) * 100, 0.01)
+        damped_factor(-torch.eye(8) * 100, 0.01)
     with pytest.raises(NonFiniteError, match="NaN"):
         curvature(torch.eye(8) * float("nan"))
 
@@ -277,10 +321,10 @@ def test_arguments_are_not_changed_and_results_repeat() -> None:
     grid = IntegerGrid(4, 32)
     for act_order in get_args(ActOrder):
         prepared = curvature(hessian, act_order=act_order, group_size=32)
-        factor = prepared.Hinv.clone()
+        factor = prepared.factor.clone()
         first, second = gptq(weight, prepared, grid), gptq(weight, prepared, grid)
         assert torch.equal(first.codes, second.codes)
-        assert torch.equal(factor, prepared.Hinv)
+        assert torch.equal(factor, prepared.factor)
     transposed = gptq(weight.t().contiguous().t(), curvature(hessian), grid)  # W^T of it is no copy
     assert torch.equal(transposed.codes, gptq(weight, curvature(hessian), grid).codes)
     gptq(weight.t().contiguous().t(), curvature(hessian), grid)

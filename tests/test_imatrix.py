@@ -21,6 +21,7 @@ from qexport.formats.gguf.imatrix import ImportanceMatrix, Squares, read_imatrix
 from qexport.formats.gguf.tensors import gguf_tensors
 from qexport.formats.gguf.whole_file import write_plain
 from qexport.grids.ggml.types import TYPES
+from qexport.modeling.activations import Activations
 from qexport.modeling.calibration import CalibrationData, UsedSource
 from qexport.modeling.skeleton import build_skeleton
 from qexport.quantization import importance as importance_module
@@ -43,7 +44,8 @@ def gathered(model: Path, windows: torch.Tensor, *, head: bool = False, **option
     if head:
         inputs["output.weight"] = [(skeleton.head_weight, None)]
     data = CalibrationData(windows, (UsedSource("some.txt", 1.0, "", 1, len(windows)),), 0)
-    return gather_importance(checkpoint, skeleton, data, inputs, **options)
+    with Activations(1, Path(), torch.float32) as hidden:  # 16 bits cost 3e-4 on few tokens
+        return gather_importance(checkpoint, skeleton, data, inputs, hidden, **options)
 
 
 @pytest.mark.parametrize("architecture", BASES)

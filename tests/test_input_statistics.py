@@ -34,6 +34,18 @@ def test_many_tokens_stay_exact() -> None:
     torch.testing.assert_close(mean_abs([seen]).double(), x.double().abs().mean(dim=0), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wide_inputs_are_summed_in_parts(dtype: torch.dtype) -> None:
+    x = (torch.randn(300, 2100, generator=torch.Generator().manual_seed(0)) * 3 + 1).to(dtype)
+    before = torch.get_float32_matmul_precision()
+    seen = InputStatistics(2100)
+    seen.add(x)
+    assert torch.get_float32_matmul_precision() == before
+    found, expected = seen.mean("l").double(), x.double().t() @ x.double() / 300
+    assert torch.equal(found, found.t())
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_the_mean_size_over_several_is_by_tokens() -> None:
     one, other, unseen = InputStatistics(2), InputStatistics(2), InputStatistics(2)
     one.add(torch.tensor([[1.0, -2.0]]))

@@ -12,6 +12,7 @@ from qexport.grids.bnb4 import Bnb4Grid
 from qexport.grids.grid import Grid
 from qexport.grids.int8_rows import Int8RowGrid
 from qexport.grids.integer import IntegerGrid, Zero
+from qexport.solvers import evenly
 from qexport.solvers import search as solver
 from qexport.solvers.rtn import round_to_nearest
 from qexport.solvers.search import search, search_scales, shrinks_to_try
@@ -27,6 +28,24 @@ GRIDS: list[Grid] = [
     Int8RowGrid(),
     Int8RowGrid(bottom=-128, unit=1, dtype=torch.float16),
 ]
+
+
+@pytest.mark.parametrize(
+    "grid", [grid for grid in GRIDS if not isinstance(grid, Bnb4Grid)] + [IntegerGrid(3, 48, "bias")], ids=str
+)
+def test_compiled_loops_and_those_in_torch_agree(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rows of zeros, inputs that never occur and 16-bit weights too."""
+    weight, h = weights(40, 128), importances(128)
+    weight[3] = 0
+    h[32:64] = 0
+    assert evenly.code_range(grid, weight) is not None
+    compiled = [grid.lines(search_scales(w, grid, h)) for w in (weight, weight.bfloat16())]
+    monkeypatch.setattr(evenly, "kernels", lambda: None)
+    assert evenly.code_range(grid, weight) is None
+    plain = [grid.lines(search_scales(w, grid, h)) for w in (weight, weight.bfloat16())]
+    for ours, theirs in zip(compiled, plain, strict=True):
+        # losses summed in another order: of two factors that are as good either may be taken
+        assert ours.step.ne(theirs.step).float().mean() < 0.01
 
 
 def weights(out: int, inputs: int, seed: int = 0) -> torch.Tensor:

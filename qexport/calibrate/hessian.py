@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from qexport.errors import NonFiniteError
 
+_COLUMNS = 1024  # of a Hessian that are summed at once, down to the diagonal: half of it mirrors the other
+
 
 class InputStatistics:
-    """Sums x x^T, fp32 [in, in], and |x|, fp64 [in], over all inputs that it is shown."""
+    """Sums x x^T, fp32 [in, in], and |x|, fp64 [in], over all inputs that it is shown.
+
+    Of inputs in bf16 the products are taken in bf16 where the processor has such instructions (AMX: two to
+    three times as fast): they are exact, and summed in fp32, as are those of other dtypes.
+    """
 
     def __init__(self, inputs: int) -> None:
         self._products = torch.zeros(inputs, inputs)
@@ -40,7 +47,10 @@ class InputStatistics:
     def add(self, x: torch.Tensor) -> None:
         """Inputs [..., in] of the layer, of any float dtype. Not changed."""
         rows = x.detach().reshape(-1, x.shape[-1]).float()
-        self._products.addmm_(rows.t(), rows)
+        with _products_in_bf16(x.dtype == torch.bfloat16):
+            for begin in range(0, self.inputs, _COLUMNS):
+                end = begin + _COLUMNS
+                self._products[:end, begin:end].addmm_(rows[:, :end].t(), rows[:, begin:end])
         self._sizes += rows.abs().sum(dim=0)
         self._count += len(rows)
 
@@ -49,12 +59,27 @@ class InputStatistics:
 
         Raises NonFiniteError, naming `layer`, when an input was not finite.
         """
-        if not bool(self._products.isfinite().all()):
+        # a NaN or an infinity makes a square of its own
+        if not bool(self._products.diagonal().isfinite().all()):
             raise NonFiniteError(
                 f"the inputs of {layer} are NaN or infinite on the calibration text",
                 remedy="check that the model works in 32 bits at all",
             )
-        return self._products / max(self._count, 1)
+        mean = self._products / max(self._count, 1)
+        for begin in range(_COLUMNS, self.inputs, _COLUMNS):
+            mean[begin : begin + _COLUMNS, :begin] = mean[:begin, begin : begin + _COLUMNS].t()
+        return mean
+
+
+@contextlib.contextmanager
+def _products_in_bf16(wanted: bool) -> Iterator[None]:
+    """Within it fp32 matrices that hold bf16 numbers may be multiplied as such; torch's setting for all."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if wanted else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def mean_abs(seen: Iterable[InputStatistics]) -> torch.Tensor:

@@ -41,6 +41,7 @@ _MODEL_FILES = (
     "pytorch_model.bin.index.json",
     "config.json",
     "qexport.json",
+    "bits_plan.json",
     "README.md",
     "loss_vs_bits.png",  # the model card's
 )

@@ -11,7 +11,7 @@ from qexport.cli.export import run_recipe, show_plan
 from qexport.cli.options import make_spec, spec_options
 from qexport.cli.output import Output, output_options
 from qexport.cli.report_table import check_junit
-from qexport.specs import METHODS, SOLVERS, VerifySpec, split_list
+from qexport.specs import METHODS, SOLVERS, CalibrationSpec, VerifySpec, split_list
 
 # what the variants' own fields are left with: each is asked for by --method, --bits and --type
 _OWN = ("method", "solver", "bits", "type", "format", *VerifySpec.model_fields)
@@ -86,6 +86,10 @@ def compare(
 
     specs = variant_specs(
         split_list(methods), split_list(bits), split_list(types), split_list(solvers), options, out.note
+    )
+    specs = tuple(
+        spec.model_copy(update={"memory": verify.memory}) if isinstance(spec, CalibrationSpec) else spec
+        for spec in specs
     )
     recipe = comparison(
         model, output, specs, adapters=adapters, candidates=candidates, verify=verify, title=title

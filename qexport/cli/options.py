@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -14,17 +14,19 @@ from pydantic.fields import FieldInfo
 
 from qexport.errors import SpecError
 from qexport.sizes import format_size
+from qexport.specs import parse_bits
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 SpecType = TypeVar("SpecType", bound=BaseModel)
 
 
 def spec_options(*specs: type[BaseModel], leave: Sequence[str] = ()) -> Callable[[Function], Function]:
-    """One option a field of `specs`, in order, each once. What the user leaves out stays None."""
+    """One option a field of `specs` that is described, in order, each once. What the user leaves out stays
+    None."""
     fields: dict[str, tuple[FieldInfo, list[str]]] = {}
     for spec in specs:
         for name, field in spec.model_fields.items():
-            if name not in leave:
+            if name not in leave and field.description:
                 fields.setdefault(name, (field, []))[1].append(_label(spec))
 
     def decorate(function: Function) -> Function:
@@ -43,6 +45,49 @@ def spec_options(*specs: type[BaseModel], leave: Sequence[str] = ()) -> Callable
         return function
 
     return decorate
+
+
+class Names(click.ParamType[tuple[str, ...]]):
+    """One or several of some names, with commas between them; each once."""
+
+    name = "names"
+
+    def __init__(self, known: Iterable[str]) -> None:
+        self._known = tuple(known)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(self._known)}],..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = [name.strip() for name in str(value).split(",")]
+        for name in names:
+            if name not in self._known:
+                self.fail(f"{name!r} is not one of {', '.join(map(repr, self._known))}.", param, ctx)
+        return tuple(dict.fromkeys(names))
+
+
+class _BitsType(click.ParamType[str]):
+    """One or several of some widths, or of averages of them, as text with commas."""
+
+    name = "bits"
+
+    def __init__(self, widths: Iterable[int]) -> None:
+        self._widths = "|".join(map(str, sorted(widths)))
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{self._widths}|3.5],..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        for text in str(value).split(","):
+            try:
+                parse_bits(text.strip())
+            except ValueError as error:
+                self.fail(str(error), param, ctx)
+        return str(value)
 
 
 def _label(spec: type[BaseModel]) -> str:
@@ -76,8 +121,7 @@ def _default(name: str, field: FieldInfo) -> str:
 def _click_type(field: FieldInfo, specs: Sequence[type[BaseModel]]) -> Any:
     """Numbers are parsed here; sizes and shares are text that the spec itself parses."""
     if specs:
-        widths = {w for s in specs for w in typing.get_args(s.model_fields["bits"].annotation)}
-        return click.Choice([str(width) for width in sorted(widths)])
+        return _BitsType({w for s in specs for w in typing.get_args(s.model_fields["bits"].annotation)})
     kinds = [kind for kind in _kinds(field.annotation) if kind is not type(None)]
     if typing.get_origin(kinds[0]) is typing.Literal:
         return click.Choice(typing.get_args(kinds[0]))

@@ -10,6 +10,7 @@ from typing import Any
 from qexport.calibrate.texts import read_documents
 from qexport.checkpoint.checkpoint import open_directory
 from qexport.checkpoint.disk import exists
+from qexport.checkpoint.hashing import file_hash
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.staging import require_space
 from qexport.errors import CalibrationError, OutputExistsError, RecipeError
@@ -35,7 +36,8 @@ from qexport.modeling.tokenizer import load_tokenizer
 from qexport.publishing.spec import PushRecipe
 from qexport.quantization.quantize import planned_size
 from qexport.report.content import FULL
-from qexport.specs import METHODS, AnyQuantizeSpec, CalibrationSpec, ShardSpec, VerifySpec
+from qexport.sizes import format_size
+from qexport.specs import METHODS, AnyQuantizeSpec, CalibrationSpec, GptqSpec, ShardSpec, VerifySpec
 from qexport.verification.evaluate import FEW_TOKENS, evaluation_data, evaluation_prompts
 from qexport.verification.kinship import require_same_shape
 from qexport.verification.lm_tasks import require_harness
@@ -60,17 +62,32 @@ class Job:
         return tuple(task for task in self.tasks if isinstance(task, ModelTask))
 
 
+_USUAL_EFFORT = GptqSpec.model_fields["effort"].default
+
+
 def variant_name(spec: AnyQuantizeSpec) -> str:
     """A variant's directory: method, bits or type, and the user's choice of group size, solver and format."""
     preset = METHODS[spec.method]
     group = spec.group_size
     parts = [
-        f"{spec.method}-{'-'.join(spec.type).lower() or f'{spec.bits}bit'}",
+        f"{spec.method}-{'-'.join(spec.type).lower() or _bits_name(spec)}",
         "" if group is None else "row" if group == -1 else f"g{group}",
         "" if spec.solver == preset.solver else spec.solver.replace("+", "-"),
         "" if spec.format == preset.format else spec.format,
+        effort if (effort := getattr(spec, "effort", _USUAL_EFFORT)) != _USUAL_EFFORT else "",
     ]
     return "-".join(part for part in parts if part)
+
+
+def _bits_name(spec: AnyQuantizeSpec) -> str:
+    """The bits, or what is asked for in their place."""
+    if spec.target_size is not None:
+        return format_size(spec.target_size).replace(" ", "")
+    if spec.max_loss is not None:
+        return f"loss{100 * spec.max_loss:g}pct"
+    if spec.plan is not None:
+        return f"plan-{file_hash(Path(spec.plan))[:8]}"
+    return f"{spec.width:g}bit" if spec.average_bits is None else f"{spec.average_bits}bit"
 
 
 def build(recipe: AnyRecipe, *, on_event: OnEvent = ignore) -> Job:
@@ -130,7 +147,7 @@ def _variants(recipe: ExportRecipe, base: str, adapters: tuple[str, ...]) -> Job
         variants.append(VerifyTask(f"verify {name}", scores, made, recipe.verify, reference))
         tasks.append(variants[-1])
 
-    names = dict(_named(recipe.quantize))
+    names = dict(named(recipe.quantize))
     for name, spec in names.items():
         tasks.append(QuantizeTask(name, out / name, source, spec))
         measure(name, tasks[-1])
@@ -155,7 +172,7 @@ def _pushed(push: PushRecipe, made: Sequence[str], tasks: Sequence[Task]) -> Pus
     return push.model_copy(update={"variant": chosen})
 
 
-def _named(specs: Sequence[AnyQuantizeSpec]) -> Iterator[tuple[str, AnyQuantizeSpec]]:
+def named(specs: Sequence[AnyQuantizeSpec]) -> Iterator[tuple[str, AnyQuantizeSpec]]:
     """Each variant with a name of its own: those that differ in what the name does not tell are numbered."""
     seen: dict[str, list[AnyQuantizeSpec]] = {}
     for spec in specs:

@@ -170,6 +170,12 @@ def _own_costs(directory: Path) -> dict[str, Any]:
     }
 
 
+def _mean_bits(path: Path) -> float | None:
+    """Bits a code where layers may differ, as an output's manifest tells them; None where it does not."""
+    bits = read_figures(path).get("bits") if path.is_dir() else None
+    return bits if isinstance(bits, (int, float)) else None
+
+
 @dataclass(frozen=True)
 class ReportTask(Task):
     """All files of the report, from the scores of the full-precision model and of every variant."""
@@ -224,7 +230,7 @@ class ReportTask(Task):
         path = _given_path(verified.source)
         made = verified.source
         settings = (
-            {**made.spec.model_dump(), "bits": made.spec.width}
+            {**made.spec.model_dump(), "bits": _mean_bits(path) or made.spec.width}
             if isinstance(made, QuantizeTask)
             else _settings(path)
         )
@@ -326,7 +332,7 @@ def _settings(path: Path) -> Mapping[str, Any]:
         spec = SOLVERS[options["solver"]]
         own = {name: value for name, value in options.items() if name in spec.model_fields}
         with contextlib.suppress(ValidationError):
-            return {**own, "bits": spec.model_validate(own).width}
+            return {**own, "bits": _mean_bits(path) or spec.model_validate(own).width}
     quantization = open_checkpoint(path).quantization or {}
     method, bits = quantization.get("quant_method"), quantization.get("bits")
     method = method if isinstance(method, str) else None

@@ -10,10 +10,10 @@ from pydantic import ValidationError
 
 from qexport.errors import SpecError
 from qexport.methods import method_of
-from qexport.specs import METHODS, SOLVERS, AnyQuantizeSpec, Bits, CalibrationSpec, spec_of
+from qexport.specs import METHODS, SOLVERS, AnyQuantizeSpec, Bits, CalibrationSpec, parse_bits, spec_of
 
 _GGUF = "gguf"
-_HEEDED = ("imatrix", *CalibrationSpec.model_fields)
+_HEEDED = ("imatrix", *CalibrationSpec.TEXT)
 
 
 def variant_specs(
@@ -34,7 +34,7 @@ def variant_specs(
         _known("method", name, METHODS)
     for name in solvers:
         _known("solver", name, SOLVERS)
-    widths: list[int | None] = [_width(text) for text in bits]
+    widths: list[float | None] = [_width(text) for text in bits]
     if types and _GGUF not in methods:
         raise SpecError("--type is for gguf alone", expected="gguf in --method")
     found: list[AnyQuantizeSpec] = []
@@ -73,14 +73,15 @@ def _known(what: str, name: str, known: Mapping[Any, Any]) -> None:
         )
 
 
-def _width(text: str) -> int:
-    known = [str(width) for width in Bits.__args__]  # type: ignore[attr-defined]
-    if text not in known:
-        raise SpecError(f"--bits {text}", expected=f"some of {','.join(known)}")
-    return int(text)
+def _width(text: str) -> int | float:
+    try:
+        return parse_bits(text)
+    except ValueError as error:
+        known = ",".join(str(width) for width in Bits.__args__)  # type: ignore[attr-defined]
+        raise SpecError(f"--bits {text}", expected=f"some of {known}, or an average such as 3.5") from error
 
 
-def _asked(method: str, widths: Sequence[int | None], types: Sequence[str]) -> list[dict[str, Any]]:
+def _asked(method: str, widths: Sequence[float | None], types: Sequence[str]) -> list[dict[str, Any]]:
     if method == _GGUF and types:
         return [{"type": kind} for kind in types]
     return [{} if width is None else {"bits": width} for width in widths]
@@ -104,7 +105,9 @@ def _spec(
         if method == _GGUF:
             own = {name: value for name, value in own.items() if name not in ("group_size", "symmetric")}
         spec = spec_of(method, solver=solver or bare.solver, **asked, **own)
-        if method != _GGUF:
+        if method == _GGUF and spec.budget:
+            raise SpecError("average of bits in GGUF, whose types have theirs")
+        if method != _GGUF and not spec.budget:
             method_of(spec, {})
     except SpecError as error:
         if asked.get("bits") is None:

@@ -85,6 +85,23 @@ class SelfFitting(Protocol):
         """The assembled codes of [out, in] under those scales."""
 
 
+@runtime_checkable
+class Scalable(Protocol):
+    """A grid each group of which can be stretched by itself."""
+
+    def group_width(self, inputs: int) -> int:
+        """As in `Grid`."""
+
+    def scaled(self, scales: Any, factors: torch.Tensor) -> Any:
+        """Scales under which every code stands for its value times fp32 [out, groups], as stored."""
+
+    def stretched(self, codes: Any, factors: torch.Tensor) -> Any:
+        """Assembled codes under such scales."""
+
+    def decode(self, codes: Any) -> torch.Tensor:
+        """As in `Grid`."""
+
+
 def encode(grid: Grid, weight: torch.Tensor, scales: Any, group_of: torch.Tensor | None = None) -> Any:
     """The nearest code of every weight of [out, in] under `scales`, some rows at a time."""
     lines = grid.lines(scales)

@@ -6,7 +6,7 @@ codes are chosen against what is stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -114,6 +114,19 @@ class IntegerGrid:
         """`scales` as they are stored; one that is too small for its dtype may be any: all is at the zero."""
         rounded = scales.clamp(max=torch.finfo(self.dtype).max).to(self.dtype)
         return torch.where(rounded > 0, rounded, torch.ones_like(rounded))
+
+    def scaled(self, scales: IntegerScales, factors: torch.Tensor) -> IntegerScales:
+        """Every value times its group's factor, fp32 [out, groups]; zeros that are codes stay."""
+        zeros = scales.zeros
+        if zeros is not None and self.zero == "bias":
+            largest = torch.finfo(self.dtype).max
+            zeros = (zeros.float() * factors).clamp(-largest, largest).to(self.dtype)
+        return IntegerScales(self._stored(scales.scales.float() * factors), zeros)
+
+    def stretched(self, codes: IntegerCodes, factors: torch.Tensor) -> IntegerCodes:
+        """Codes as they are under scales that are `scaled`."""
+        found = self.scaled(IntegerScales(codes.scales, codes.zeros), factors)
+        return replace(codes, scales=found.scales, zeros=found.zeros)
 
     def lines(self, scales: IntegerScales) -> Lines:
         """Step and origin of all groups."""

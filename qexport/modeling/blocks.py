@@ -7,7 +7,7 @@ whatever else the architecture hands to a block are transformers' own, and nothi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from qexport.modeling.places import Place, read_places
 from qexport.modeling.skeleton import Skeleton, is_conv1d, set_parameters
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Block = Callable[..., Any]  # hidden states, and what else the architecture hands to a block -> hidden states
 
 
 @dataclass(frozen=True)
@@ -206,27 +207,29 @@ class BlockStream:
         finally:
             setattr(owner, self._list_name, self._blocks)
 
-    @torch.no_grad()
-    def embed(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
+    def embed(self, batches: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         """Token ids [n, length] each -> hidden states [n, length, hidden] before the first block."""
-        with self._outer(with_head=False):
-            try:
-                return self._embedded(batches)
-            except _Unpacked:
-                self._tuples = True
-                return self._embedded(batches)
+        return list(self.embeddings(batches))
 
-    def _embedded(self, batches: list[torch.Tensor]) -> list[torch.Tensor]:
-        embedded = []
+    @torch.no_grad()
+    def embeddings(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """As `embed`, a batch at a time."""
+        with self._outer(with_head=False):
+            for tokens in batches:
+                try:
+                    yield self._embedded(tokens)
+                except _Unpacked:
+                    self._tuples = True
+                    yield self._embedded(tokens)
+
+    def _embedded(self, tokens: torch.Tensor) -> torch.Tensor:
         with self._shell() as passes:
             passes[-1].stop = True
-            for tokens in batches:
-                with contextlib.suppress(_Reached):
-                    self._skeleton.model(input_ids=tokens, use_cache=False)
-                assert passes[0].received is not None  # noqa: S101 - the shell has run
-                embedded.append(passes[0].received)
-                self._calls[tuple(tokens.shape)] = [p.call for p in passes if p.call is not None]
-        return embedded
+            with contextlib.suppress(_Reached):
+                self._skeleton.model(input_ids=tokens, use_cache=False)
+            assert passes[0].received is not None  # noqa: S101 - the shell has run
+            self._calls[tuple(tokens.shape)] = [p.call for p in passes if p.call is not None]
+            return passes[0].received
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -236,10 +239,17 @@ class BlockStream:
             yield block
 
     @torch.no_grad()
-    def run(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """`hidden` [n, length, hidden] through a block that is loaded; batches as given to `embed`."""
+    def run(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None) -> torch.Tensor:
+        """`hidden` [n, length, hidden] through a block that is loaded; batches as given to `embed`.
+
+        `block` is one that takes its place, a changed copy mostly.
+        """
+        return self.forward(index, hidden, block)
+
+    def forward(self, index: int, hidden: torch.Tensor, block: Block | None = None) -> torch.Tensor:
+        """As `run`; gradients flow to `hidden` where they are on. `block` may be any function like it."""
         args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
-        out = self._blocks[index](hidden, *args, **kwargs)
+        out = (block or self._blocks[index])(hidden, *args, **kwargs)
         self._tuples = isinstance(out, tuple)
         result: torch.Tensor = out[0] if self._tuples else out
         return result
@@ -252,16 +262,17 @@ class BlockStream:
         wanted: Sequence[str],
         see: Callable[[str, torch.Tensor], None],
         stop: bool = True,
+        block: nn.Module | None = None,
     ) -> torch.Tensor | None:
         """Runs `hidden` [n, length, hidden] through a loaded block and shows `see` the inner name of each
         wanted layer with its input [..., in].
 
         An expert's input [tokens, in] holds the tokens that chose it; one that none chose is not shown. With
         `stop` the run ends at the last wanted layer, unless experts are among them. Returns the block's
-        output when it ran to the end.
+        output when it ran to the end. `block` as in `run`.
         """
-        block, waiting = self._blocks[index], set(wanted)
-        stop = stop and not any(_is_experts(inner) for inner in wanted)
+        block, waiting = block or self._blocks[index], set(wanted)
+        stop = stop and not any(is_expert(inner) for inner in wanted)
 
         def hook(inner: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
             def show(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -274,22 +285,36 @@ class BlockStream:
 
         hooks = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in waiting]
         try:
-            return self.run(index, hidden)
+            return self.run(index, hidden, block)
         except _Reached:
             return None
         finally:
             for handle in hooks:
                 handle.remove()
 
-    @torch.no_grad()
-    def logits(self, batches: list[torch.Tensor], hidden: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Final hidden states -> logits [n, length, vocabulary], a batch at a time."""
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
+        """Final norm and output head, loaded: a function of token ids [n, length] and final hidden states
+        that gives logits [n, length, vocabulary]; gradients flow to the states where they are on."""
         with self._outer(with_head=True), self._shell() as passes:
-            for tokens, final in zip(batches, hidden, strict=True):
+
+            def logits(tokens: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
                 passes[-1].result = final
-                yield self._skeleton.model(input_ids=tokens, use_cache=False).logits
+                found: torch.Tensor = self._skeleton.model(input_ids=tokens, use_cache=False).logits
+                return found
+
+            yield logits
+
+    @torch.no_grad()
+    def logits(
+        self, batches: Iterable[torch.Tensor], hidden: Iterable[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """Final hidden states -> logits [n, length, vocabulary], a batch at a time."""
+        with self.head() as logits:
+            for tokens, final in zip(batches, hidden, strict=True):
+                yield logits(tokens, final)
 
 
-def _is_experts(inner: str) -> bool:
+def is_expert(inner: str) -> bool:
     """Whether the layer is one of many experts, any of which may get no token."""
     return any(part.isdigit() for part in inner.split("."))

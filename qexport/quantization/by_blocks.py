@@ -1,36 +1,48 @@
-"""Calibrated methods: the model block by block, every layer seeing what those before it became.
+"""Calibrated methods: the model block by block, read once for all outputs that are wanted of it.
 
-Embeddings are the exception: where they become codes too, the first block still sees them in full.
+What a layer's codes are fitted to depends on the effort. Those that do not follow take the inputs that the
+full-precision model has there: gathered in one run a block, and shared by all such outputs. Those that follow
+have hidden states of their own, and every layer makes up for what those before it became. Embeddings are the
+exception: where they become codes too, the first block still sees them in full.
 """
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from qexport.calibrate.cross import CrossMoment
 from qexport.calibrate.hessian import InputStatistics, mean_abs
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.errors import first_of
 from qexport.events import Advanced, Noted, OnEvent
 from qexport.grids.grid import Grid
 from qexport.methods import Prepared, Solving
-from qexport.modeling.blocks import BlockStream, Layer, set_weight, weight_of
+from qexport.modeling.activations import Activations
+from qexport.modeling.blocks import BlockStream, Layer, is_expert, set_weight, weight_of
 from qexport.modeling.calibration import CalibrationData
 from qexport.modeling.folding import Fold, apply_fold
 from qexport.modeling.skeleton import Skeleton
 from qexport.quantization.data_free import Write
 from qexport.quantization.fidelity import tensor_error
+from qexport.quantization.output_curvature import OutputCurvatures
+from qexport.quantization.tuning import Cost, divergence, tune_block, weighed_error
 from qexport.results import TensorError
 from qexport.solvers.awq import search_awq_scales
 from qexport.specs import GptqSpec
 
-_BATCH_TOKENS = 4096  # tokens that go through a block at once
+_BATCH_TOKENS = 2048  # tokens that go through a block at once
+_LOGITS = 1 << 27  # values of a batch's: half a gigabyte each time they are copied
 _TOKENS_AN_INPUT = 10  # from which on a Hessian's directions are all seen several times
 
 Group = tuple[Layer, ...]
@@ -71,15 +83,42 @@ class BlockPlan(Protocol):
 class _Remarks:
     """What is to be said once, at the end."""
 
-    unseen: list[str] = field(default_factory=list)  # experts that no token chose
-    scarce: list[str] = field(default_factory=list)  # those that fewer tokens chose than they have inputs
+    unseen: dict[str, None] = field(default_factory=dict)  # experts that no token chose
+    scarce: dict[str, None] = field(default_factory=dict)  # those fewer tokens chose than they have inputs
     damped: dict[str, float] = field(default_factory=dict)
 
 
-def stages(groups: Sequence[Group], *, one_by_one: bool) -> list[list[Group]]:
-    """Groups of a block whose inputs are collected in one run: all, or those that run side by side."""
-    if not one_by_one:
-        return [list(groups)] if groups else []
+@dataclass
+class Lane:
+    """One output: a plan, what writes its tensors, and what came of it.
+
+    `errors` are those of the layers as they were solved, in that order. `rewritten` names the tensors, on
+    disk, that are no codes and had to change: norms that took AWQ's scales, or that were tuned. They are
+    written too.
+    """
+
+    plan: BlockPlan
+    write: Write
+    errors: list[TensorError] = field(default_factory=list)
+    rewritten: set[str] = field(default_factory=set)
+    hidden: Activations | None = None  # its own, once they differ from the full model's
+
+    def chosen(self, group: Group) -> Group:
+        """The layers of a group that become codes."""
+        return tuple(layer for layer in group if layer.name in self.plan.grids)
+
+
+@dataclass
+class _Inputs:
+    """What is known of the inputs of a group of layers; `seen` None where no token came by."""
+
+    seen: InputStatistics | None
+    cross: CrossMoment | None = None
+    scales: torch.Tensor | None = None  # that the inputs have been divided by since
+
+
+def stages(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups of a block whose inputs are collected in one run: those that run side by side."""
     # the experts of a block are one place
     places = [re.sub(r"(?<=\.)\d+(?=\.)", "*", group[0].inner) for group in groups]
     together = groupby(zip(places, groups, strict=True), key=lambda pair: pair[0])
@@ -88,156 +127,119 @@ def stages(groups: Sequence[Group], *, one_by_one: bool) -> list[list[Group]]:
 
 @dataclass
 class BlockQuantizer:
-    """Runs one plan over its calibration windows. Holds one block, its statistics and the activations."""
+    """Runs plans of one model over its calibration windows.
 
-    plan: BlockPlan
+    Holds one block and a copy of it, its statistics, and `memory` bytes of hidden states; the rest of these
+    lies in a temporary file in `directory`.
+    """
+
+    lanes: Sequence[Lane]
     data: CalibrationData
-    write: Write
+    memory: int
+    directory: Path
     on_event: OnEvent
-    errors: list[TensorError] = field(default_factory=list)
-    rewritten: set[str] = field(default_factory=set)
     _remarks: _Remarks = field(default_factory=_Remarks)
 
-    def run(self) -> None:
-        """Solves every layer of every block, writes it, and collects its error.
+    @cached_property
+    def batches(self) -> list[torch.Tensor]:
+        """Token ids [n, length] that go through a block at once."""
+        windows = self.data.windows
+        return list(torch.split(windows, max(_BATCH_TOKENS // windows.shape[1], 1)))
 
-        `rewritten` names the tensors, on disk, that had to change to make up for AWQ's scales; they are
-        written too. Raises NonFiniteError that names the layer whose inputs are not finite.
+    def run(self) -> None:
+        """Solves every layer of every block for each lane, and writes it.
+
+        Raises NonFiniteError that names the layer whose inputs are not finite.
         """
         self._note_few_tokens()
-        stream = BlockStream(self.plan.skeleton, self.plan.checkpoint)
-        windows = self.data.windows
-        batches = list(torch.split(windows, max(_BATCH_TOKENS // windows.shape[1], 1)))
-        hidden = stream.embed(batches)
-        for index in range(len(stream)):
-            with stream.block(index) as block:
-                groups = [chosen for group in stream.groups(index) if (chosen := self._chosen(group))]
-                if self.plan.method.scaling:
-                    self._scale(stream, index, block, hidden)
-                spec = self.plan.method.spec
-                one_by_one = isinstance(spec, GptqSpec) and spec.true_sequential
-                for stage in stages(groups, one_by_one=one_by_one):
-                    self._solve(stream, index, block, hidden, stage)
-                for number, batch in enumerate(hidden):  # one set of activations, not two
-                    hidden[number] = stream.run(index, batch)
+        plan = self.lanes[0].plan
+        stream = BlockStream(plan.skeleton, plan.checkpoint)
+        batches = self.batches
+        following = [lane for lane in self.lanes if lane.plan.method.follows]
+        share = self.memory // (len(following) + 1)
+        with ExitStack() as stack:
+            curvatures = None
+            if any(lane.plan.method.weighs_outputs for lane in self.lanes):
+                curvatures = stack.enter_context(OutputCurvatures(self.directory))
+                curvatures.gather(stream, batches, memory=self.memory, on_event=self.on_event)
+            full = stack.enter_context(Activations(share, self.directory))
+            full.extend(stream.embeddings(batches))
+            for index in range(len(stream)):
+                with stream.block(index) as block:
+                    shared = self._shared(stream, index, full, propagate=not following)
+                    for lane in self.lanes:
+                        one = _OneBlock(self, lane, stream, index, block, full, shared, curvatures)
+                        one.solve()
+                        if lane.plan.method.follows:
+                            if lane.hidden is None:
+                                lane.hidden = stack.enter_context(Activations(share, self.directory))
+                            one.propagate(lane.hidden)
+                        del one
+                    del shared
+                    if following:
+                        for number, batch in enumerate(full):  # one set of activations, not two
+                            full[number] = stream.run(index, batch)
         self._tell()
 
-    def _chosen(self, group: Group) -> Group:
-        return tuple(layer for layer in group if layer.name in self.plan.grids)
-
-    def _statistics(
-        self, stream: BlockStream, index: int, hidden: Sequence[torch.Tensor], layers: Iterable[Layer]
+    def _shared(
+        self, stream: BlockStream, index: int, full: Activations, *, propagate: bool
     ) -> dict[str, InputStatistics]:
-        """Statistics of the inputs of `layers`, by inner name; an expert that saw no token has none."""
+        """Statistics of the full model's inputs, as far as any lane wants them; `full` goes on if asked."""
+        wanted: dict[str, None] = {}
+        for lane in self.lanes:
+            method = lane.plan.method
+            if not method.follows:
+                groups = stream.groups(index)
+                wanted |= {chosen[0].inner: None for group in groups if (chosen := lane.chosen(group))}
+            if method.scaling:
+                wanted |= {
+                    first.inner: None for _, pairs in self.folds(stream, index, lane) for _, first in pairs
+                }
         found: dict[str, InputStatistics] = {}
-
-        def see(inner: str, x: torch.Tensor) -> None:
-            if inner not in found:
-                found[inner] = InputStatistics(x.shape[-1])
-            found[inner].add(x)
-
-        wanted = [layer.inner for layer in layers]
-        for batch in hidden:
-            stream.inputs(index, batch, wanted, see)
+        if not wanted and not propagate:
+            return found
+        for number, batch in enumerate(full):
+            out = stream.inputs(index, batch, list(wanted), _adding(found), stop=not propagate)
+            if propagate:
+                assert out is not None  # noqa: S101 - it ran to the end
+                full[number] = out
         return found
 
-    def _solve(
-        self,
-        stream: BlockStream,
-        index: int,
-        block: nn.Module,
-        hidden: Sequence[torch.Tensor],
-        stage: Sequence[Group],
-    ) -> None:
-        method = self.plan.method
-        statistics = self._statistics(stream, index, hidden, [group[0] for group in stage])
-        for group in stage:
-            seen = statistics.pop(group[0].inner, None)
-            hessian = self._hessian(seen, block, group)
-            prepared: dict[int, Prepared] = {}
-            for layer in group:
-                grid = self.plan.grids[layer.name]
-                weight = weight_of(block, layer)
-                width = grid.group_width(weight.shape[1])
-                if width not in prepared:
-                    prepared[width] = method.prepare(hessian, grid)
-                    self._note_damping(layer, prepared[width])
-                codes = method.solve(weight, prepared[width], grid)
-                decoded = grid.decode(codes)
-                self.errors.append(
-                    tensor_error(layer.name, grid.bits, weight, decoded, hessian if seen else None)
-                )
-                set_weight(block, layer, decoded)
-                for name, tensor in self.plan.layer_tensors(layer.name, codes).items():
-                    self.write(name, tensor)
-                self.on_event(Advanced(1, layer.name))
-
-    def _hessian(self, seen: InputStatistics | None, block: nn.Module, group: Group) -> torch.Tensor:
-        """Mean of x x^T; zeros, under which every solver rounds, where no token came by."""
-        inputs = weight_of(block, group[0]).shape[1]
-        if seen is None:
-            self._remarks.unseen += [layer.name for layer in group]
-            return torch.zeros(inputs, inputs)
-        if seen.too_few and self.data.tokens >= inputs:  # of too few in all a note was made
-            self._remarks.scarce += [layer.name for layer in group]
-        return seen.mean(group[0].name)
-
-    def _scale(
-        self, stream: BlockStream, index: int, block: nn.Module, hidden: Sequence[torch.Tensor]
-    ) -> None:
-        """AWQ's first half: moves scales through the pairs of the block, before any code is chosen."""
-        spec = self.plan.method.scaling
-        assert spec is not None  # noqa: S101 - the caller asked
+    def folds(
+        self, stream: BlockStream, index: int, lane: Lane
+    ) -> list[tuple[Fold, list[tuple[Layer, Layer]]]]:
+        """The folds of a block whose targets become codes: those targets, each with the layer whose inputs
+        are looked at in its stead."""
         groups = stream.groups(index)
-        layers = {layer.inner: layer for group in groups for layer in group}
-        first = {layer.inner: group[0] for group in groups for layer in group}
-        folds: list[tuple[Fold, list[Layer]]] = []
+        first = {layer.inner: (layer, group[0]) for group in groups for layer in group}
+        folds = []
         for fold in stream.folds(index):
-            targets = [layers[inner] for inner in fold.targets if inner in layers]
-            if targets := [layer for layer in targets if layer.name in self.plan.grids]:
-                folds.append((fold, targets))
-        wanted = {first[layer.inner].inner: first[layer.inner] for _, targets in folds for layer in targets}
-        statistics = self._statistics(stream, index, hidden, wanted.values())
-        moved: list[Fold] = []
-        for fold, targets in folds:
-            seen = [
-                (layer, statistics[first[layer.inner].inner])
-                for layer in targets
-                if first[layer.inner].inner in statistics
-            ]
-            if not seen:
-                continue
-            means = {id(found): found.mean(layer.name) for layer, found in seen}  # once for all that share it
-            scales = search_awq_scales(
-                [(weight_of(block, layer), means[id(found)]) for layer, found in seen],
-                mean_abs([found for _, found in seen]),
-                # where overrides differ, the layer of the fewest bits needs the scales most
-                min((self.plan.grids[layer.name] for layer, _ in seen), key=lambda grid: grid.bits),
-                points=spec.grid_points,
-            )
-            if bool((scales != 1).any()):
-                apply_fold(block, fold, scales)
-                moved.append(fold)
-        self._rewrite(stream, index, block, moved)
+            pairs = [first[inner] for inner in fold.targets if inner in first]
+            if pairs := [pair for pair in pairs if pair[0].name in lane.plan.grids]:
+                # what was gathered is that of the first one of a group that becomes codes
+                folds.append((fold, [(layer, self._first_chosen(groups, layer, lane)) for layer, _ in pairs]))
+        return folds
 
-    def _rewrite(self, stream: BlockStream, index: int, block: nn.Module, folds: Sequence[Fold]) -> None:
-        """Writes what folds changed and no codes are made of; the block goes on with the rounded values."""
-        names = stream.stored_names(index)
-        touched = {f"{fold.source}.{leaf}" for fold in folds for leaf in ("weight", "bias")}
-        touched |= {f"{target}.weight" for fold in folds for target in fold.targets}
-        for inner in sorted(touched & names.keys()):
-            name = names[inner]
-            if name in self.plan.weights:
-                continue
-            parameter = block.get_parameter(inner)
-            stored = parameter.data.to(self.plan.checkpoint.info(name).dtype)
-            parameter.data = stored.to(parameter.dtype)
-            self.write(name, stored)
-            self.rewritten.add(name)
+    @staticmethod
+    def _first_chosen(groups: Sequence[Group], layer: Layer, lane: Lane) -> Layer:
+        return next(lane.chosen(group)[0] for group in groups if layer in group)
+
+    def remark_inputs(self, seen: InputStatistics | None, group: Group) -> None:
+        """Keeps in mind which layers saw too few tokens."""
+        if seen is None:
+            self._remarks.unseen |= {layer.name: None for layer in group}
+        elif seen.too_few and self.data.tokens >= seen.inputs:  # of too few in all a note was made
+            self._remarks.scarce |= {layer.name: None for layer in group}
+
+    def remark_damping(self, layer: Layer, spec: object, prepared: Prepared) -> None:
+        """Keeps in mind which Hessians were damped more than was asked for."""
+        curvature = prepared.curvature
+        if curvature and isinstance(spec, GptqSpec) and curvature.damp > spec.damp:
+            self._remarks.damped[layer.name] = curvature.damp
 
     def _note_few_tokens(self) -> None:
         """Hessians of fewer tokens than inputs are not of full rank: the codes fit those few tokens."""
-        inputs = max(self.plan.shapes[name][1] for name in self.plan.grids)
+        inputs = max(lane.plan.shapes[name][1] for lane in self.lanes for name in lane.plan.grids)
         if self.data.tokens < inputs:
             self.on_event(
                 Noted(
@@ -247,11 +249,6 @@ class BlockQuantizer:
                 )
             )
 
-    def _note_damping(self, layer: Layer, prepared: Prepared) -> None:
-        spec, curvature = self.plan.method.spec, prepared.curvature
-        if curvature and isinstance(spec, GptqSpec) and curvature.damp > spec.damp:
-            self._remarks.damped[layer.name] = curvature.damp
-
     def _tell(self) -> None:
         remarks = self._remarks
         for names, what in (
@@ -259,9 +256,8 @@ class BlockQuantizer:
             (remarks.scarce, "saw fewer tokens than they have inputs"),
         ):
             if names:
-                self.on_event(
-                    Noted(f"{len(names)} layers of experts {what} ({first_of(names, 2)}); more text helps")
-                )
+                told = first_of(list(names), 2)
+                self.on_event(Noted(f"{len(names)} layers of experts {what} ({told}); more text helps"))
         if remarks.damped:
             name, damp = max(remarks.damped.items(), key=lambda item: item[1])
             self.on_event(
@@ -270,3 +266,218 @@ class BlockQuantizer:
                     f"damped more, {name} by {damp:g} of its mean diagonal"
                 )
             )
+
+
+class _OneBlock:
+    """One lane's work on one block: on a copy, so that other lanes find the block as it was."""
+
+    def __init__(
+        self,
+        owner: BlockQuantizer,
+        lane: Lane,
+        stream: BlockStream,
+        index: int,
+        block: nn.Module,
+        full: Activations,
+        shared: Mapping[str, InputStatistics],
+        curvatures: OutputCurvatures | None,
+    ) -> None:
+        self._owner, self._lane, self._stream, self._index = owner, lane, stream, index
+        self._original, self._full, self._shared = block, full, shared
+        self._block = copy.deepcopy(block)
+        self._method = lane.plan.method
+        self._curvature = None
+        if curvatures and self._method.weighs_outputs:
+            self._curvature = curvatures.of_block(index)
+        self._divided: dict[str, torch.Tensor] = {}  # layer -> what its inputs have been divided by
+        self._solved: dict[str, tuple[Layer, Any]] = {}
+
+    @property
+    def _now(self) -> Activations:
+        """The lane's own hidden states before the block."""
+        return self._lane.hidden or self._full
+
+    def solve(self) -> None:
+        """Chooses all codes of the block, and writes them and what had to change for them."""
+        groups = [
+            chosen for group in self._stream.groups(self._index) if (chosen := self._lane.chosen(group))
+        ]
+        moved = self._scale() if self._method.scaling else set()
+        if self._method.follows:
+            for number, stage in enumerate(stages(groups)):
+                for group, inputs in zip(stage, self._following(stage, number), strict=True):
+                    self._solve_group(group, inputs)
+        else:
+            for group in groups:
+                inner = group[0].inner
+                self._solve_group(group, _Inputs(self._shared.get(inner), None, self._divided.get(inner)))
+        if self._curvature:
+            moved |= self._tune()
+        for layer, codes in self._solved.values():
+            for name, tensor in self._lane.plan.layer_tensors(layer.name, codes).items():
+                self._lane.write(name, tensor)
+        self._rewrite(moved)
+
+    def propagate(self, hidden: Activations) -> None:
+        """Takes the lane's hidden states through the block as it became."""
+        started = len(hidden) > 0
+        for number, batch in enumerate(self._now if started else self._full):
+            out = self._stream.run(self._index, batch, self._block)
+            if started:
+                hidden[number] = out
+            else:
+                hidden.append(out)
+
+    def _following(self, stage: Sequence[Group], number: int) -> list[_Inputs]:
+        """What the layers of a stage see now, and how that differs from what the full model sees."""
+        seen: dict[str, InputStatistics] = {}
+        crosses: dict[str, CrossMoment] = {}
+        wanted = [group[0].inner for group in stage]
+        # before the first layer nothing differs; which tokens an expert sees may
+        compared = [] if self._index == 0 and number == 0 else [n for n in wanted if not is_expert(n)]
+        for batch, now in zip(self._full, self._now, strict=True):
+            full: dict[str, torch.Tensor] = {}
+            if compared:
+                self._stream.inputs(self._index, batch, compared, full.__setitem__)
+
+            def see(inner: str, x: torch.Tensor, full: dict[str, torch.Tensor] = full) -> None:
+                _adding(seen)(inner, x)
+                if inner in full:
+                    divided, then = self._divided.get(inner), full.pop(inner)
+                    cross = crosses.setdefault(inner, CrossMoment(x.shape[-1]))
+                    cross.add(then if divided is None else then / divided, x)
+
+            self._stream.inputs(self._index, now, wanted, see, block=self._block)
+        return [_Inputs(seen.pop(inner, None), crosses.pop(inner, None)) for inner in wanted]
+
+    def _solve_group(self, group: Group, inputs: _Inputs) -> None:
+        lane, method = self._lane, self._method
+        hessian = self._hessian(inputs, group)
+        cross = None
+        if inputs.seen and inputs.cross and not inputs.seen.too_few:
+            cross = inputs.cross.mean()
+        prepared: dict[int, Prepared] = {}
+        for layer in group:
+            grid = lane.plan.grids[layer.name]
+            weight = weight_of(self._block, layer)
+            width = grid.group_width(weight.shape[1])
+            if width not in prepared:
+                prepared[width] = method.prepare(hessian, grid, cross)
+                self._owner.remark_damping(layer, method.spec, prepared[width])
+            target = method.target(weight, prepared[width])
+            outputs = self._curvature.of(layer.inner) if self._curvature else None
+            codes = method.solve(target, prepared[width], grid, outputs)
+            decoded = grid.decode(codes)
+            lane.errors.append(
+                tensor_error(layer.name, grid.bits, target, decoded, hessian if inputs.seen else None)
+            )
+            set_weight(self._block, layer, decoded)
+            self._solved[layer.inner] = layer, codes
+            self._owner.on_event(Advanced(1, layer.name))
+
+    def _hessian(self, inputs: _Inputs, group: Group) -> torch.Tensor:
+        """Mean of x x^T; zeros, under which every solver rounds, where no token came by."""
+        self._owner.remark_inputs(inputs.seen, group)
+        if inputs.seen is None:
+            count = weight_of(self._block, group[0]).shape[1]
+            return torch.zeros(count, count)
+        found = inputs.seen.mean(group[0].name)
+        if inputs.scales is not None:
+            found = found / inputs.scales[:, None] / inputs.scales
+        return found
+
+    def _scale(self) -> set[str]:
+        """AWQ's first half: moves scales through the pairs of the block, before any code is chosen."""
+        spec = self._method.scaling
+        assert spec is not None  # noqa: S101 - the caller asked
+        changed: set[str] = set()
+        for fold, pairs in self._owner.folds(self._stream, self._index, self._lane):
+            seen = [
+                (layer, self._shared[first.inner]) for layer, first in pairs if first.inner in self._shared
+            ]
+            if not seen:
+                continue
+            means = {id(found): found.mean(layer.name) for layer, found in seen}  # once for all that share it
+            scales = search_awq_scales(
+                [(weight_of(self._block, layer), means[id(found)]) for layer, found in seen],
+                mean_abs([found for _, found in seen]),
+                # where overrides differ, the layer of the fewest bits needs the scales most
+                min((self._lane.plan.grids[layer.name] for layer, _ in seen), key=lambda grid: grid.bits),
+                points=spec.grid_points,
+            )
+            if bool((scales != 1).any()):
+                apply_fold(self._block, fold, scales)
+                for inner in fold.targets:
+                    self._divided[inner] = self._divided.get(inner, 1.0) * scales
+                changed |= {f"{fold.source}.{leaf}" for leaf in ("weight", "bias")}
+                changed |= {f"{target}.weight" for target in fold.targets}
+        self._round_changed(changed)
+        return changed
+
+    def _tune(self) -> set[str]:
+        """Scales and norms by gradients, for what the block puts out; the inner names of what changed."""
+        assert self._curvature is not None  # noqa: S101 - the caller asked
+        names = self._stream.stored_names(self._index)
+        free = [inner for inner in names if names[inner] not in self._lane.plan.weights]
+        grids = {inner: self._lane.plan.grids[layer.name] for inner, (layer, _) in self._solved.items()}
+        with self._cost() as cost:
+            tuned = tune_block(
+                self._stream,
+                self._index,
+                self._original,
+                self._block,
+                solved={
+                    inner: (layer, codes, grids[inner]) for inner, (layer, codes) in self._solved.items()
+                },
+                free=free,
+                full=self._full,
+                now=self._now,
+                cost=cost,
+                keep=lambda inner, value: value.to(self._lane.plan.checkpoint.info(names[inner]).dtype),
+            )
+        for inner, codes in tuned.codes.items():
+            self._solved[inner] = self._solved[inner][0], codes
+        return tuned.changed
+
+    @contextmanager
+    def _cost(self) -> Iterator[Cost]:
+        """By the Fisher's curvature; the last block's by the divergence itself, if logits are not many."""
+        assert self._curvature is not None  # noqa: S101 - the caller asked
+        vocabulary = self._lane.plan.skeleton.config.get_text_config().vocab_size
+        batches = self._owner.batches
+        if self._index + 1 < len(self._stream) or batches[0].numel() * vocabulary > _LOGITS:
+            yield weighed_error(self._curvature.block)
+            return
+        with self._stream.head() as logits:
+            yield divergence(batches, logits)
+
+    def _round_changed(self, changed: Iterable[str]) -> None:
+        """What is no codes is written in its own dtype: the block goes on with that."""
+        for inner, _, stored in self._plain(changed):
+            parameter = self._block.get_parameter(inner)
+            parameter.data = stored.to(parameter.dtype)
+
+    def _rewrite(self, changed: Iterable[str]) -> None:
+        for _, name, stored in self._plain(changed):
+            self._lane.write(name, stored)
+            self._lane.rewritten.add(name)
+
+    def _plain(self, changed: Iterable[str]) -> Iterable[tuple[str, str, torch.Tensor]]:
+        """Inner name, name on disk and value of those that are stored as they are."""
+        names = self._stream.stored_names(self._index)
+        for inner in sorted(set(changed) & names.keys()):
+            name = names[inner]
+            if name not in self._lane.plan.weights:
+                value = self._block.get_parameter(inner).data
+                yield inner, name, value.to(self._lane.plan.checkpoint.info(name).dtype)
+
+
+def _adding(found: dict[str, InputStatistics]) -> Any:
+    """Adds what it is shown to the statistics of that layer."""
+
+    def see(inner: str, x: torch.Tensor) -> None:
+        if inner not in found:
+            found[inner] = InputStatistics(x.shape[-1])
+        found[inner].add(x)
+
+    return see

@@ -73,8 +73,12 @@ def chosen_bits(names: Sequence[str], overrides: Sequence[str]) -> dict[str, Ove
     Raises SpecError for a text that is no override, and for one that matches nothing.
     """
     chosen: dict[str, Override] = {}
+    known = set(names)
     for text in overrides:
         override = parse_override(text)
+        if override.pattern in known:  # a plan names every layer: thousands, where there are experts
+            chosen[override.pattern] = override
+            continue
         for name in require_match("--override", text, override.pattern, names):
             chosen[name] = override
     return chosen

@@ -14,6 +14,7 @@ from qexport.events import OnEvent, ignore
 from qexport.formats.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from qexport.formats.gguf.tensors import gguf_tensors
 from qexport.formats.opening import open_checkpoint
+from qexport.modeling.activations import Activations
 from qexport.modeling.calibration import calibration_data, check_calibration
 from qexport.quantization.importance import gather_importance, layer_inputs
 from qexport.quantization.source import Source, text_source
@@ -57,7 +58,8 @@ def make_imatrix(
     layers = layer_inputs(gguf_tensors(checkpoint, skeleton))
     require_finite(checkpoint, on_event=on_event)
     data = calibration_data(path, spec, skeleton, trust_remote_code=trust_remote_code, on_event=on_event)
-    matrix = gather_importance(checkpoint, skeleton, data, layers, on_event)
+    with Activations(spec.memory, out.parent) as hidden:
+        matrix = gather_importance(checkpoint, skeleton, data, layers, hidden, on_event)
     check_out()  # somebody may have put something there since
     write_imatrix(matrix, out)
     return matrix

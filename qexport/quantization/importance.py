@@ -17,6 +17,7 @@ from qexport.errors import first_of
 from qexport.events import Advanced, Finished, Noted, OnEvent, Started, ignore
 from qexport.formats.gguf.imatrix import ImportanceMatrix, Squares
 from qexport.formats.gguf.tensors import GgufTensor
+from qexport.modeling.activations import Activations
 from qexport.modeling.blocks import BlockStream
 from qexport.modeling.calibration import CalibrationData
 from qexport.modeling.skeleton import Skeleton
@@ -74,16 +75,18 @@ def gather_importance(
     skeleton: Skeleton,
     data: CalibrationData,
     tensors: Mapping[str, Sequence[LayerInput]],
+    hidden: Activations,
     on_event: OnEvent = ignore,
 ) -> ImportanceMatrix:
     """Mean squares of the inputs of `tensors`, over the windows, as llama.cpp's imatrix has them.
 
     `tensors` are GGUF names with the inputs that their rows take, one or one an expert, in order. Those
     that no linear layer has get no entry. The output head (`skeleton.head_weight`) is run when it is among
-    them; llama.cpp leaves it out unless asked. Neither checkpoint nor skeleton is changed.
+    them; llama.cpp leaves it out unless asked. Neither checkpoint nor skeleton is changed;
+    `hidden`, empty, is filled with the hidden states.
 
     Raises UnsupportedModelError for a model without a row in architectures.py, NonFiniteError that names
-    the layer whose inputs are not finite.
+    the layer whose inputs are not finite, StorageError.
     """
     wanted = {source for sources in tensors.values() for source in sources}
     stream = BlockStream(skeleton, checkpoint)
@@ -92,7 +95,7 @@ def gather_importance(
     places = skeleton.bound(checkpoint).places
     squares: dict[LayerInput, tuple[torch.Tensor | None, int]] = {}
     on_event(Started("importance", len(stream), "blocks"))
-    hidden = stream.embed(batches)
+    hidden.extend(stream.embeddings(batches))
     for index in range(len(stream)):
         prefix = f"{stream.architecture.blocks}.{index}"
         sums = _Sums()
@@ -130,7 +133,7 @@ def gather_importance(
 
 
 def _head_squares(
-    stream: BlockStream, skeleton: Skeleton, batches: list[torch.Tensor], hidden: list[torch.Tensor]
+    stream: BlockStream, skeleton: Skeleton, batches: list[torch.Tensor], hidden: Activations
 ) -> tuple[torch.Tensor, int]:
     sums: list[InputSquares] = []
 

@@ -313,6 +313,6 @@ def _output(
         damp=getattr(spec, "damp", None),
         desc_act=any(method.reorders_groups(grid, shapes[name][1]) for name, grid in grids.items()),
         static_groups=getattr(spec, "static_groups", False),
-        true_sequential=getattr(spec, "true_sequential", True),
+        true_sequential=method.follows,
     )
     return infos, method.format.config_entries(facts)

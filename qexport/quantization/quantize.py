@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qexport.checkpoint.checkpoint import Checkpoint
-from qexport.checkpoint.finiteness import require_finite
 from qexport.checkpoint.hashing import file_hash
 from qexport.checkpoint.manifest import Recipe, fingerprint
-from qexport.checkpoint.sidecars import sidecars_of
 from qexport.checkpoint.staging import check_target
-from qexport.checkpoint.writer import CheckpointWriter
-from qexport.events import Finished, OnEvent, Started, ignore
+from qexport.errors import GateError
+from qexport.events import Noted, OnEvent, ignore
 from qexport.formats.gguf.text_model import is_multimodal
-from qexport.measure import Measured
 from qexport.methods import FORMATS
-from qexport.modeling.calibration import (
-    CalibrationData,
-    calibration_data,
-    calibration_fingerprints,
-    check_calibration,
-)
+from qexport.modeling.calibration import calibration_fingerprints, check_calibration
 from qexport.modeling.skeleton import Skeleton, build_skeleton
-from qexport.quantization.by_blocks import BlockQuantizer
-from qexport.quantization.data_free import quantize_alone
-from qexport.quantization.plan import Plan, plan_quantization
+from qexport.quantization.allotment.make import ROUNDS, perplexity_rise, planned, told, uniform_size
+from qexport.quantization.plan import plan_quantization
 from qexport.quantization.source import Source, opened_source, text_source
-from qexport.results import QuantizeResult, TensorError
+from qexport.quantization.together import Job, shareable, write_together
+from qexport.results import QuantizeResult
 from qexport.specs import AnyQuantizeSpec, CalibrationSpec, ImportanceSpec
 
 GGUF = "gguf"
@@ -42,12 +34,14 @@ def quantize_recipe(source: Path, spec: AnyQuantizeSpec) -> Recipe:
 
 def _recipe(inputs: Mapping[str, str], spec: AnyQuantizeSpec) -> Recipe:
     inputs = dict(inputs)
-    options = spec.model_dump(exclude={"calibration", "imatrix"})
+    options = spec.model_dump(exclude={"calibration", "imatrix", "memory", "plan"})
     packages = spec.packages
     if isinstance(spec, ImportanceSpec) and spec.imatrix is not None:
         inputs["imatrix"] = file_hash(Path(spec.imatrix))
     elif isinstance(spec, CalibrationSpec):
         inputs |= calibration_fingerprints(spec)
+    if spec.plan is not None:
+        inputs["plan"] = file_hash(Path(spec.plan))
     if spec.format == GGUF:
         packages = (*packages, "gguf", "numba")
         options["split"] = "max_shard_size" in spec.model_fields_set  # one file unless a size is named
@@ -78,90 +72,114 @@ def quantize(
     with opened_source(
         source, adapters, spec, trust_remote_code=trust_remote_code, on_event=on_event
     ) as opened:
+        options = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
         if spec.format == GGUF:
-            from qexport.quantization.gguf.quantize import quantize_gguf as run  # its packages are an extra
+            from qexport.quantization.gguf.quantize import quantize_gguf  # its packages are an extra
 
             opened, skeleton = text_source(
                 opened, spec, trust_remote_code=trust_remote_code, on_event=on_event
             )
-        else:
-            run = _quantize
+            recipe = partial(_recipe_of, opened, spec)
+            return quantize_gguf(
+                opened, skeleton, Path(out), spec, recipe=recipe, on_event=on_event, **options
+            )
+        skeleton = build_skeleton(opened.path, trust_remote_code=trust_remote_code)
+        job = Job(Path(out), spec, partial(_recipe_of, opened, spec))
+        if spec.budget or spec.plan:
+            return _planned(opened, skeleton, job, on_event=on_event, **options)
+        return write_together(opened, skeleton, [job], on_event=on_event, **options)[0]
+
+
+def quantize_several(
+    source: str | Path,
+    outs: Mapping[Path, AnyQuantizeSpec],
+    *,
+    adapters: Sequence[str | Path] = (),
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    on_event: OnEvent = ignore,
+) -> list[QuantizeResult]:
+    """As `quantize`, for each directory its spec. Calibrated ones of the same text are made in one pass: the
+    model is read once, and what they can share of each block's statistics is gathered once.
+
+    All outputs of a pass appear together, when all are whole. Raises as `quantize` does.
+    """
+    for out in outs:
+        check_target(out, overwrite=overwrite)
+    options = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
+    results: dict[Path, QuantizeResult] = {}
+    for group in _passes(outs):
+        if len(group) == 1:
+            out, spec = group[0]
+            results[out] = quantize(source, out, spec, adapters=adapters, on_event=on_event, **options)
+            continue
+        first = group[0][1]
+        with opened_source(
+            source, adapters, first, trust_remote_code=trust_remote_code, on_event=on_event
+        ) as opened:
             skeleton = build_skeleton(opened.path, trust_remote_code=trust_remote_code)
-        return run(
-            opened,
-            skeleton,
-            Path(out),
-            spec,
-            recipe=lambda: _recipe(opened.inputs(), spec),
-            overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            on_event=on_event,
-        )
+            jobs = [Job(out, spec, partial(_recipe_of, opened, spec)) for out, spec in group]
+            found = write_together(opened, skeleton, jobs, on_event=on_event, **options)
+        results |= dict(zip((out for out, _ in group), found, strict=True))
+    return [results[out] for out in outs]
 
 
-def _quantize(
+def _recipe_of(opened: Source, spec: AnyQuantizeSpec) -> Recipe:
+    return _recipe(opened.inputs(), spec)
+
+
+def _passes(outs: Mapping[Path, AnyQuantizeSpec]) -> list[list[tuple[Path, AnyQuantizeSpec]]]:
+    """The outputs, those together that one pass makes."""
+    groups: list[list[tuple[Path, AnyQuantizeSpec]]] = []
+    for out, spec in outs.items():
+        alone = spec.format == GGUF or spec.budget or spec.plan
+        fitting = [group for group in groups if not alone and shareable(group[0][1], spec)]
+        if fitting:
+            fitting[0].append((out, spec))
+        else:
+            groups.append([(out, spec)])
+    return groups
+
+
+def _planned(
     source: Source,
     skeleton: Skeleton,
-    out: Path,
-    spec: AnyQuantizeSpec,
+    job: Job,
     *,
-    recipe: Callable[[], Recipe],
     overwrite: bool,
     trust_remote_code: bool,
     on_event: OnEvent,
 ) -> QuantizeResult:
-    checkpoint, path = source.checkpoint, source.path
-    plan = plan_quantization(checkpoint, skeleton, spec, on_event)
-    if isinstance(spec, CalibrationSpec):
-        check_calibration(spec)
-    with (
-        Measured() as cost,
-        CheckpointWriter(
-            out,
-            plan.infos,
-            config={**checkpoint.config, **plan.config_entries},
-            recipe=recipe,
-            max_shard_size=spec.max_shard_size,
-            sidecars=sidecars_of(path),
-            finish=plan.method.format.finish,
-            copies=FORMATS[spec.format].copies,
-            sources=source.directories,
-            overwrite=overwrite,
+    """A job whose spec has a budget or a plan. --max-loss is measured and, where the prediction was too good,
+    quantized again with more bits, some rounds at most."""
+    spec, out = job.spec, job.out
+    made = planned(source, skeleton, spec, out.parent, trust_remote_code=trust_remote_code, on_event=on_event)
+    limit, rise = spec.max_loss, None
+    for number in range(ROUNDS):
+        on_event(told(made.plan))
+        (result,) = write_together(
+            source,
+            skeleton,
+            [replace(job, spec=made.spec, made=made)],
+            overwrite=overwrite or number > 0,
+            trust_remote_code=trust_remote_code,
             on_event=on_event,
-        ) as writer,
-    ):
-        for name, content in plan.method.format.extra_files(plan.config_entries).items():
-            writer.add_json(name, content)
-        require_finite(checkpoint, on_event=on_event)
-        data = None
-        if isinstance(spec, CalibrationSpec):
-            data = calibration_data(
-                path, spec, plan.skeleton, trust_remote_code=trust_remote_code, on_event=on_event
-            )
-        on_event(Started(f"{spec.method} {spec.bits} bits", len(plan.grids), "layers"))
-        errors = _run(plan, data, writer, on_event)
-        on_event(Finished())
-        figures = _figures(plan, writer.plan.size)
-        writer.figures.update(figures)
-        writer.figures["tensor_errors"] = [asdict(error) for error in errors]
-        if data:
-            writer.figures["calibration"] = data.figures()
-    return QuantizeResult(
-        path=out,
-        method=spec.method,
-        solver=spec.solver,
-        format=spec.format,
-        bits=spec.bits,
-        quantized_layers=len(plan.grids),
-        layers_left=tuple(plan.left),
-        size_bytes=writer.plan.size,
-        bits_per_weight=figures["bits_per_weight"],
-        layer_bits_per_weight=figures["layer_bits_per_weight"],
-        copies=FORMATS[spec.format].copies,
-        seconds=cost.seconds,
-        peak_bytes=cost.peak_bytes,
-        tensors=tuple(errors),
-    )
+        )
+        if limit is None or made.held_out is None:
+            break
+        memory = spec.memory if isinstance(spec, CalibrationSpec) else CalibrationSpec().memory
+        rise = perplexity_rise(source, out, made.held_out, memory=memory, trust_remote_code=trust_remote_code)
+        on_event(Noted(f"perplexity on calibration samples held out: {rise:+.2%}, allowed {limit:.2%}"))
+        if rise <= limit or number + 1 == ROUNDS:
+            break
+        made = made.tightened(rise)
+    if limit is not None and rise is not None and rise > limit:
+        raise GateError(
+            f"{out} is written, but its perplexity rises by {rise:.2%} after {ROUNDS} rounds",
+            expected=f"at most {limit:.2%} (--max-loss)",
+            remedy="a smaller --max-loss aims lower; --bits and --target-size promise no loss",
+        )
+    return result
 
 
 def planned_size(
@@ -179,40 +197,9 @@ def planned_size(
             source, skeleton = text_source(source, spec, on_event=on_event)
         files = prepare_gguf(source, skeleton, spec, on_event=on_event).plan
         return sum(map(files.size, files.variants))
+    if spec.budget or spec.plan:
+        return uniform_size(Source(checkpoint, checkpoint.path, dict, []), skeleton, spec)
     plan = plan_quantization(checkpoint, skeleton, spec, on_event)
     if isinstance(spec, CalibrationSpec):
         check_calibration(spec)
     return sum(info.size for info in plan.infos) * FORMATS[spec.format].copies
-
-
-def _run(
-    plan: Plan, data: CalibrationData | None, writer: CheckpointWriter, on_event: OnEvent
-) -> list[TensorError]:
-    """Writes every tensor; the errors of the layers in the order in which they were solved."""
-    rewritten: set[str] = set()
-    errors: list[TensorError] = []
-    alone = list(plan.grids)
-    if data is not None:
-        blocks = BlockQuantizer(plan, data, writer.write, on_event)
-        blocks.run()
-        rewritten, errors = blocks.rewritten, blocks.errors
-        alone = [name for name in plan.grids if name in plan.alone]
-    errors += quantize_alone(plan, alone, writer.write, on_event)
-    for name in plan.kept():
-        if name not in rewritten:
-            writer.write(name, plan.checkpoint.read(name))
-    return errors
-
-
-def _figures(plan: Plan, size: int) -> dict[str, Any]:
-    checkpoint = plan.checkpoint
-    parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
-    coded = sum(info.size for info in plan.infos) - sum(checkpoint.info(name).size for name in plan.kept())
-    weights = sum(checkpoint.info(name).numel for name in plan.weights)
-    return {
-        "size_bytes": size,
-        "bits_per_weight": round(8 * size / parameters, 4),
-        "layer_bits_per_weight": round(8 * coded / weights, 4),
-        "quantized_layers": len(plan.grids),
-        "layers_left": len(plan.left),
-    }

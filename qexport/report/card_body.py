@@ -62,7 +62,7 @@ def title_of(facts: CardFacts) -> str:
         return name
     types = [file.type.upper() for file in facts.files if file.type]
     form = " ".join((form_of(facts), *types))
-    return f"{name}, {form}" if types or not facts.bits else f"{name}, {form} {facts.bits}-bit"
+    return f"{name}, {form}" if types or not facts.bits else f"{name}, {form} {facts.bits:g}-bit"
 
 
 def rendered(template: str, **values: Any) -> str:
@@ -170,7 +170,7 @@ def _summary(facts: CardFacts) -> str:
     options = facts.recipe.get("options") or {}
     solver = _SOLVERS.get(str(options.get("solver"))) if facts.recipe.get("task") == "quantize" else None
     types = [plain(file.type.upper()) for file in facts.files if file.type]
-    bits = f" to {facts.bits} bits" if facts.bits else f" to {listed(types)}" if types else ""
+    bits = f" to {facts.bits:g} bits" if facts.bits else f" to {listed(types)}" if types else ""
     return f"{subject}, quantized{bits}{f' by {solver}' if solver else ''}, in {form}'s format."
 
 

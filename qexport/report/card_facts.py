@@ -61,7 +61,7 @@ class CardFacts:
     form: str
     model_type: str
     config: Mapping[str, Any]
-    bits: int | None
+    bits: float | None
     task: str | None
     chat: bool
     own_code: bool
@@ -123,7 +123,7 @@ def card_facts(directory: Path) -> CardFacts:
         form=form,
         model_type=str(config.get("model_type") or header.get("general.architecture") or ""),
         config=config,
-        bits=_bits(quantization_of(config)) if config else None,
+        bits=_mean_bits(figures) or _bits(quantization_of(config)) if quantization_of(config) else None,
         task=_task(config) if config else "text-generation",
         chat=_has_chat_template(directory, header),
         own_code="auto_map" in config,
@@ -160,6 +160,12 @@ def _form(directory: Path, config: Mapping[str, Any]) -> str:
     if method == "hqq" and not is_file(directory / "qmodel.pt"):
         return "hqq-safetensors"
     return method
+
+
+def _mean_bits(figures: Mapping[str, Any]) -> float | None:
+    """Of layers that differ the mean, as the output's own figures tell it."""
+    bits = figures.get("bits")
+    return round(bits, 2) if isinstance(bits, (int, float)) and 0 < bits <= 8 else None
 
 
 def _bits(settings: Mapping[str, Any]) -> int | None:

@@ -128,9 +128,10 @@ def _licence_link(link: str, origin: Origin, facts: CardFacts) -> str:
 
 def _tags(facts: CardFacts) -> list[str]:
     ours = [*_FORM_TAGS.get(facts.form, (facts.form,))]
-    bits = {facts.bits} if facts.bits else {_type_bits(file.type) for file in facts.files if file.type}
+    told = {_type_bits(file.type) for file in facts.files if file.type}
+    bits: set[float | None] = {facts.bits} if facts.bits else {*told}
     if len(bits) == 1 and (known := next(iter(bits))):
-        ours.append(f"{known}-bit")
+        ours.append(f"{known:g}-bit")
     if facts.recipe.get("options", {}).get("solver") == "importance":
         ours.append("imatrix")
     if facts.chat:

@@ -1,7 +1,8 @@
 """GPTQ: column by column, each one's rounding error is made good by the columns still to come.
 
-Frantar et al., "GPTQ" (2022), algorithm 1: W [out, in], H = X X^T over the calibration inputs, and the
-upper Cholesky factor of H's inverse, here called Hinv, whose rows are all that the updates need.
+Frantar et al., "GPTQ" (2022), algorithm 1: W [out, in] and H = X X^T over the calibration inputs. The
+updates there go by the upper Cholesky factor of H's inverse; here they are LDLQ's, which come to the same
+codes by H's own factor, so that nothing is inverted (see cholesky.py).
 """
 
 from __future__ import annotations
@@ -10,33 +11,36 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 import torch
 
 from qexport.errors import NonFiniteError, SpecError
 from qexport.grids.grid import Grid, group_width
+from qexport.solvers.cholesky import damped_factor
+from qexport.solvers.chosen import Chosen
+from qexport.solvers.evenly import code_range, divisible, kernels, over_rows
 from qexport.solvers.search import search_scales
 
 ActOrder = Literal["none", "full", "group-aware"]
 
 BLOCK = 128  # columns updated lazily, together (section 3.3, step 2)
-_MAX_DAMP = 1.0
 _THREADS_PAY = 1 << 20  # values in a block of columns from which several threads are faster
-_SMALL = 256  # triangles up to this size are inverted by LAPACK
 
 
 @dataclass(frozen=True)
 class Curvature:
     """What the solver needs of a Hessian, computed once for all layers that share an input.
 
-    `Hinv` fp32 [in, in], upper triangular, in the order of solving. `order` int64 [in] tells which input
+    `factor` M fp32 [in, in], upper triangular, M M^T the damped Hessian in the order of solving; its inverse
+    is the paper's Hinv. `order` int64 [in] tells which input
     comes when, None as they are. `diagonal` fp32 [in] is the Hessian's own, inputs as they are: the
     importance for a search of scales. `damp` is the share of the mean diagonal that it took in the end.
     `width` is the group's that the order was made for.
     """
 
-    Hinv: torch.Tensor
+    factor: torch.Tensor
     order: torch.Tensor | None
     diagonal: torch.Tensor
     damp: float
@@ -59,19 +63,37 @@ def curvature(
     """
     if act_order not in get_args(ActOrder):
         raise SpecError(f"act order {act_order!r}", expected=", ".join(get_args(ActOrder)))
-    if not bool(hessian.isfinite().all()):
+    if not bool(hessian.sum(dtype=torch.float64).isfinite()):
         raise NonFiniteError("the Hessian holds NaN or infinity", expected="finite activations")
-    H = hessian.float().clone()  # noqa: N806
-    diagonal = H.diagonal().clone()
-    dead = diagonal == 0
-    # no other input is tied to a dead one, so any value will do; this one leaves the mean as it is
-    H.diagonal()[dead] = diagonal[~dead].mean() if not bool(dead.all()) else 1.0
-    width = group_width(group_size, len(H))
+    diagonal = hessian.diagonal().float()
+    width = group_width(group_size, len(diagonal))
     order = _order(diagonal, act_order, width)
+    H = (hessian if order is None else hessian[order][:, order]).float()  # noqa: N806
+    H = H.clone() if order is None else H  # noqa: N806
+    alive = H.diagonal() != 0
+    # no other input is tied to a dead one, so any value will do; this one leaves the mean as it is
+    H.diagonal()[~alive] = H.diagonal()[alive].mean() if bool(alive.any()) else 1.0
+    factor, damped = damped_factor(H, damp)
+    return Curvature(factor, order, diagonal.clone(), damped, act_order, width)
+
+
+def toward_full_outputs(weight: torch.Tensor, cross: torch.Tensor, shape_of_loss: Curvature) -> torch.Tensor:
+    """What `weight` [out, in] should become, were no rounding to follow, for its outputs on the inputs x as
+    they are to be those of the full-precision model on its own inputs x'. fp32; nothing is changed.
+
+    `cross` [in, in] is the mean of (x' - x) x^T. The least squares of |W x' - V x|^2, damped towards W, are
+    V = W + W cross H^-1; GPTQ of V makes good what rounding adds. GPTAQ (Li et al. 2025, section 4) feeds the
+    same difference back column by column, approximately; solved beforehand it is exact, and any solver or
+    grid may follow.
+    """
+    M, order = shape_of_loss.factor, shape_of_loss.order  # noqa: N806
+    B = (weight.float() @ cross).t()  # noqa: N806
+    B = B if order is None else B[order]  # noqa: N806
+    B = torch.linalg.solve_triangular(M, B, upper=True)  # noqa: N806
+    B = torch.linalg.solve_triangular(M.t(), B, upper=False)  # noqa: N806
     if order is not None:
-        H = H[order][:, order]  # noqa: N806
-    Hinv, damped = inverse_factor(H, damp)  # noqa: N806
-    return Curvature(Hinv, order, diagonal, damped, act_order, width)
+        B = torch.empty_like(B).index_copy_(0, order, B)  # noqa: N806
+    return weight.float() + B.t()
 
 
 def _order(diagonal: torch.Tensor, act_order: ActOrder, width: int) -> torch.Tensor | None:
@@ -90,47 +112,6 @@ def _order(diagonal: torch.Tensor, act_order: ActOrder, width: int) -> torch.Ten
     return order[rank[groups[order]].argsort(stable=True)]
 
 
-def inverse_factor(hessian: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
-    """Hinv, the upper Cholesky factor of the inverse of `hessian` [in, in] + damping, fp32; and the damping.
-
-    Where the damped matrix is not positive definite the damping is raised tenfold, up to the mean diagonal
-    itself. Raises NonFiniteError when that does not do either.
-    """
-    # With rows and columns reversed H = L L^T; reversed again that is M M^T with M upper triangular, so
-    # H^-1 = M^-T M^-1 and M^-1 is what we want: no inverse of H is formed, which would cost twice as much.
-    H = hessian.double().flip(0, 1)  # noqa: N806
-    diagonal = H.diagonal().clone()
-    mean = float(diagonal.mean()) or 1.0
-    while True:
-        H.diagonal().copy_(diagonal + damp * mean)
-        L, failed = torch.linalg.cholesky_ex(H)  # noqa: N806
-        if not failed:
-            Hinv = _lower_inverse(L).flip(0, 1).float()  # noqa: N806
-            if bool(Hinv.isfinite().all()):
-                return Hinv, damp
-        if damp >= _MAX_DAMP:
-            raise NonFiniteError(
-                "the Hessian is not positive definite even when damped by its mean diagonal",
-                expected="finite activations",
-            )
-        damp = min(max(damp, 1e-6) * 10, _MAX_DAMP)
-
-
-def _lower_inverse(L: torch.Tensor) -> torch.Tensor:  # noqa: N803
-    """The inverse of a lower triangle, by halves: a plain triangular solve takes three times as long."""
-    n = len(L)
-    if n <= _SMALL:
-        identity = torch.eye(n, dtype=L.dtype, device=L.device)
-        small: torch.Tensor = torch.linalg.solve_triangular(L, identity, upper=False)
-        return small
-    half = n // 2
-    inverse = torch.zeros_like(L)
-    A, C = _lower_inverse(L[:half, :half]), _lower_inverse(L[half:, half:])  # noqa: N806
-    inverse[:half, :half], inverse[half:, half:] = A, C
-    torch.mm(C, L[half:, :half] @ A, out=inverse[half:, :half]).neg_()
-    return inverse
-
-
 def gptq(
     weight: torch.Tensor,
     shape_of_loss: Curvature,
@@ -140,7 +121,23 @@ def gptq(
     scales: Any = None,
     searched: bool = False,
 ) -> Any:
-    """The grid's codes of `weight` [out, in] that keep its outputs on the calibration inputs. Not changed.
+    """As `gptq_codes`, assembled: what the grid decodes."""
+    found = gptq_codes(
+        weight, shape_of_loss, grid, static_groups=static_groups, scales=scales, searched=searched
+    )
+    return found.assembled(grid)
+
+
+def gptq_codes(
+    weight: torch.Tensor,
+    shape_of_loss: Curvature,
+    grid: Grid,
+    *,
+    static_groups: bool = False,
+    scales: Any = None,
+    searched: bool = False,
+) -> Chosen:
+    """Codes on `grid` of `weight` [out, in] that keep its outputs on the calibration inputs. Not changed.
 
     By default a group's scales are fitted when its first column comes, on the weights as the errors so far
     have moved them. With `static_groups` all are fitted before, on the weights as they are, so any order
@@ -154,10 +151,10 @@ def gptq(
 
     Raises SpecError for a Hessian of other inputs, or an order aware of other groups.
     """
-    Hinv, order = shape_of_loss.Hinv, shape_of_loss.order  # noqa: N806
+    factor, order = shape_of_loss.factor, shape_of_loss.order
     inputs = weight.shape[1]
-    if inputs != len(Hinv):
-        raise SpecError(f"a Hessian of {len(Hinv)} inputs for a weight of {inputs}", expected="the same")
+    if inputs != len(factor):
+        raise SpecError(f"a Hessian of {len(factor)} inputs for a weight of {inputs}", expected="the same")
     width = grid.group_width(inputs)
     place = torch.arange(inputs, device=weight.device)
     groups = (place if order is None else order) // width
@@ -186,19 +183,19 @@ def gptq(
     W = (W if order is None else W[order]).clone(memory_format=torch.contiguous_format)  # noqa: N806
     fitted: dict[int, Any] = {}
     in_order = diagonal if order is None else diagonal[order]
-    _solve(W, Hinv, grid, groups.tolist(), fixed, lambda w, columns: fit(w, in_order[columns]), fitted)
+    _solve(W, factor, grid, groups.tolist(), fixed, lambda w, columns: fit(w, in_order[columns]), fitted)
     # The place of a solved column holds its codes; a few bits fit into 16, with a sign or without.
     solved = W.to(torch.int16)
     if order is not None:
         solved = torch.empty_like(solved).index_copy_(0, order, solved)
     if fixed is None:
         scales = _joined([fitted[group] for group in sorted(fitted)])
-    return grid.assemble(solved.t().contiguous(), scales, group_of)
+    return Chosen(solved.t().contiguous(), scales, group_of)
 
 
 def _solve(
     W: torch.Tensor,  # noqa: N803
-    Hinv: torch.Tensor,  # noqa: N803
+    M: torch.Tensor,  # noqa: N803
     grid: Grid,
     groups: list[int],
     fixed: tuple[torch.Tensor, torch.Tensor] | None,
@@ -213,36 +210,61 @@ def _solve(
     """
     inputs = len(W)
     begins = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
-    lengths = dict(
-        zip(begins, (b - a for a, b in zip(begins, [*begins[1:], inputs], strict=True)), strict=True)
-    )
-    pivots = Hinv.diagonal().tolist()
-    step = origin = W[0]
+    ends = dict(zip(begins, [*begins[1:], inputs], strict=True))
+    pivots = M.diagonal()
+    lines = fixed if fixed is None else (divisible(fixed[0]), fixed[1])
+    E = torch.empty_like(W)  # noqa: N806 - whole errors of the columns so far
     for begin in range(0, inputs, BLOCK):
         end = min(begin + BLOCK, inputs)
-        W1 = W[begin:end]  # noqa: N806 - a view: updates within the block happen in place
-        Err = torch.empty_like(W1)  # noqa: N806
-        with _one_thread_if_small(W1):
-            for i in range(begin, end):
-                at = i - begin
-                if fixed is not None:
-                    step, origin = fixed[0][groups[i]], fixed[1][groups[i]]
-                elif i in lengths:
-                    # The group's scale is that of the weights as the errors so far have moved them;
-                    # those beyond this block have not been told of this block's errors yet.
-                    beyond = i + lengths[i]
-                    group = W[i:beyond].clone()
-                    if at and beyond > end:
-                        group[end - i :] -= Hinv[begin:i, end:beyond].t() @ Err[:at]
-                    scales = fit(group.t().contiguous(), slice(i, beyond))
-                    lines = grid.lines(scales)
-                    step, origin = lines.step[:, 0].contiguous(), lines.origin[:, 0].contiguous()
-                    fitted[groups[i]] = scales
-                codes, nearest = grid.round(W1[at], step, origin)
-                torch.sub(W1[at], nearest, out=Err[at]).div_(pivots[i])
-                W1[at] = codes
-                W1[at + 1 :].addr_(Hinv[i, i + 1 : end], Err[at], alpha=-1)
-        W[end:].addmm_(Hinv[begin:end, end:].t(), Err, alpha=-1)
+        U = M[:end, begin:end] / pivots[begin:end]  # noqa: N806
+        W1 = torch.addmm(W[begin:end], U[:begin].t(), E[:begin])  # noqa: N806
+        U1, E1 = U[begin:], E[begin:end]  # noqa: N806
+        # columns whose lines are known: all, or those of a group
+        cuts = [begin, end] if fixed else sorted({begin, end, *(i for i in begins if begin < i < end)})
+        for first, last in pairwise(cuts):
+            a, b = first - begin, last - begin
+            if not fixed and first in ends:
+                # The group's scale is that of the weights as the errors so far have moved them: all of it at
+                # once, where U moves each column for the sake of itself, with those between already known.
+                group = slice(first, ends[first])
+                pull = M[:first, group].t() @ E[:first]
+                values = W[group] + torch.linalg.solve_triangular(M[group, group].t(), pull, upper=False)
+                fitted[groups[first]] = fit(values.t().contiguous(), group)
+                found = grid.lines(fitted[groups[first]])
+                lines = divisible(found.step).t().contiguous(), found.origin.t().contiguous()
+            assert lines is not None  # noqa: S101 - the first column begins a group
+            of = groups[first:last] if fixed else [0] * (last - first)
+            _solve_columns(W1[a:b], W[first:last], E1[a:b], U1[a:b, a:b], grid, lines, of)
+            if last < end:
+                W1[b:].addmm_(U1[a:b, b:].t(), E1[a:b])
+        W[begin:end] = W1
+
+
+def _solve_columns(
+    moved: torch.Tensor,
+    weight: torch.Tensor,
+    errors: torch.Tensor,
+    U: torch.Tensor,  # noqa: N803
+    grid: Grid,
+    lines: tuple[torch.Tensor, torch.Tensor],
+    group_of: Sequence[int],
+) -> None:
+    """Columns [columns, out] one by one: `moved` becomes codes, `errors` the errors of `weight`.
+
+    `U` [columns, columns]; `lines` [groups, out], and which of them is each column's.
+    """
+    step, origin = lines
+    if codes := code_range(grid, moved):
+        tensors = (moved, weight, errors, U.contiguous(), step, origin, torch.tensor(group_of))
+        arrays = [tensor.numpy() for tensor in tensors]
+        over_rows(moved.shape[1], lambda begin, end: kernels().solve_columns(*arrays, *codes, begin, end))
+        return
+    with _one_thread_if_small(moved):
+        for i, group in enumerate(group_of):
+            found, nearest = grid.round(moved[i], step[group], origin[group])
+            torch.sub(weight[i], nearest, out=errors[i])
+            moved[i] = found
+            moved[i + 1 :].addr_(U[i, i + 1 :], errors[i])
 
 
 def _joined(parts: Sequence[Any]) -> Any:

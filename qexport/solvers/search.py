@@ -7,15 +7,18 @@ group tries a row of `shrink` factors, which move the zero too where the grid ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from qexport.errors import SpecError
 from qexport.grids.grid import Grid, Lines, SelfFitting, encode, grouped
+from qexport.solvers.evenly import code_range, divisible, kernels, over_rows, shrunk_lines
 
 # values that are worked on together: 1 MiB in fp32, which stays in a core's cache
 CHUNK = 1 << 18
+_COMPILED_CHUNK = 1 << 21  # loops that keep a group in registers need no cache, but work for every thread
 
 # The smallest factor tried, by bits. The best range of a normal variable shrinks with the bits (about 4
 # deviations for 4 bits, 1.5 for 2), while a group's extremes are at 2 to 4 of them.
@@ -60,7 +63,9 @@ def search_scales(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | N
     def loss(errors: torch.Tensor) -> torch.Tensor:
         return errors.square_().mul_(h).sum(dim=2)
 
-    shrink = best_shrink(weight, grid, shrinks_to_try(grid.bits), loss)
+    shrinks = shrinks_to_try(grid.bits)
+    compiled = _least_squares(weight, grid, shrinks, h)
+    shrink = best_shrink(weight, grid, shrinks, loss) if compiled is None else compiled
     scales = grid.fit(weight, shrink)
     if grid.groups_alone:
         return scales
@@ -76,6 +81,32 @@ def search(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = N
     return encode(grid, weight, search_scales(weight, grid, importance))
 
 
+def _least_squares(
+    weight: torch.Tensor, grid: Grid, shrinks: Sequence[float], importance: torch.Tensor
+) -> torch.Tensor | None:
+    """`best_shrink` of the weighted square, `importance` [groups, width], in one loop; None without one."""
+    codes = code_range(grid, weight)
+    if codes is None:
+        return None
+    h = importance.clone()
+    if beyond := h.numel() - weight.shape[1]:
+        h[-1, -beyond:] = 0
+    found = []
+    for _, rows in row_chunks(weight, _COMPILED_CHUNK):
+        values = grouped(rows, grid.group_width(weight.shape[1])).contiguous()
+        lines = shrunk_lines(values, grid, shrinks)
+        best = torch.zeros(values.shape[:2], dtype=torch.int64)
+        arrays = [part.numpy() for part in (values, h, lines.step, lines.origin)]
+        over_rows(len(rows), partial(_into, kernels().square_losses, (*arrays, *codes), best.numpy()))
+        found.append(torch.tensor(shrinks)[best])
+    return torch.cat(found)
+
+
+def _into(kernel: Callable[..., None], arguments: tuple[Any, ...], result: Any, begin: int, end: int) -> None:
+    """A kernel on some rows."""
+    kernel(*arguments, begin, end, result)
+
+
 def best_shrink(weight: torch.Tensor, grid: Grid, shrinks: Sequence[float], loss: GroupLoss) -> torch.Tensor:
     """The factor of each group, fp32 [out, groups], under which `loss` is least; the first of equals.
 
@@ -84,12 +115,24 @@ def best_shrink(weight: torch.Tensor, grid: Grid, shrinks: Sequence[float], loss
     """
     if not grid.groups_alone:
         return _least(shrinks, lambda shrink: group_losses(weight, grid, grid.fit(weight, shrink), loss))
-    found = []
-    for _, rows in row_chunks(weight):
-        values = grouped(rows, grid.group_width(weight.shape[1]))
+    found, inputs = [], weight.shape[1]
+    compiled = code_range(grid, weight) is not None
+    for _, rows in row_chunks(weight, _COMPILED_CHUNK if compiled else CHUNK):
+        values = grouped(rows, grid.group_width(inputs))
+        all_lines = shrunk_lines(values, grid, shrinks) if compiled else None
 
-        def loss_of(shrink: float, rows: torch.Tensor = rows, values: torch.Tensor = values) -> torch.Tensor:
-            return loss(errors_of(values, weight.shape[1], grid, grid.lines(grid.fit(rows, shrink))))
+        def loss_of(
+            shrink: float,
+            rows: torch.Tensor = rows,
+            values: torch.Tensor = values,
+            all_lines: Lines | None = all_lines,
+        ) -> torch.Tensor:
+            if all_lines is None:
+                lines = grid.lines(grid.fit(rows, shrink))
+            else:
+                at = shrinks.index(shrink)
+                lines = Lines(all_lines.step[at], all_lines.origin[at])
+            return loss(errors_of(values, inputs, grid, lines))
 
         found.append(_least(shrinks, loss_of))
     return torch.cat(found)
@@ -125,8 +168,18 @@ def rounding_errors(weight: torch.Tensor, grid: Grid, lines: Lines) -> torch.Ten
 
 def errors_of(values: torch.Tensor, inputs: int, grid: Grid, lines: Lines) -> torch.Tensor:
     """Rounding errors of `grouped` values [rows, groups, width]; 0 beyond `inputs`."""
-    _, nearest = grid.round(values, lines.step[:, :, None], lines.origin[:, :, None])
-    errors = nearest - values
+    codes = code_range(grid, values)
+    if codes is None:
+        _, nearest = grid.round(values, lines.step[:, :, None], lines.origin[:, :, None])
+        errors = nearest - values
+    else:
+        # group by group in memory: so a loss that couples a group's values multiplies without a copy
+        rows, groups, width = values.shape
+        by_group = torch.empty(groups, rows, width)
+        parts = (values.contiguous(), divisible(lines.step).contiguous(), lines.origin.contiguous())
+        arrays = [part.numpy() for part in parts]
+        over_rows(rows, partial(_into, kernels().rounding_errors, (*arrays, *codes), by_group.numpy()))
+        errors = by_group.transpose(0, 1)
     beyond = errors.shape[1] * errors.shape[2] - inputs
     if beyond:
         errors[:, -1, -beyond:] = 0
@@ -138,9 +191,9 @@ def rows_of(lines: Lines, begin: int, count: int) -> Lines:
     return Lines(lines.step[begin : begin + count], lines.origin[begin : begin + count])
 
 
-def row_chunks(weight: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """Chunks of the rows of [out, in], each with the number of its first row."""
-    rows = max(CHUNK // max(weight.shape[1], 1), 1)
+def row_chunks(weight: torch.Tensor, values: int = CHUNK) -> list[tuple[int, torch.Tensor]]:
+    """Chunks of the rows of [out, in] of about so many values, each with the number of its first row."""
+    rows = max(values // max(weight.shape[1], 1), 1)
     return [(begin, weight[begin : begin + rows]) for begin in range(0, len(weight), rows)]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from blake3 import blake3
 
 from qexport.checkpoint.disk import exists, write_errors
+from qexport.checkpoint.user_cache import user_cache
 from qexport.errors import (
     CalibrationError,
     MachineError,
@@ -63,7 +64,7 @@ def corpus_file(name: str) -> Path:
     without text; MachineError where the Hub cannot be reached, StorageError where nothing can be written.
     """
     source = _parsed(name)
-    directory = _cache()
+    directory = user_cache("corpora")
     stem = re.sub(r"[^\w.-]+", "-", name.removeprefix(PREFIX)).strip("-.")[-80:]
     key = blake3(json.dumps([_FORM, name, _state(source)]).encode()).hexdigest(length=8)
     for form in ("rows", "joined"):
@@ -103,12 +104,6 @@ def _state(source: _Source) -> list[tuple[str, int, int]]:
         return []
     files = sorted(path for path in Path(source.path).rglob("*") if path.is_file())
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")  # the XDG specification: relative ones are passed over
-    base = Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache"
-    return base / "qexport" / "corpora"
 
 
 def _library() -> Any:

@@ -22,6 +22,7 @@ from qexport.errors import CalibrationError, SpecError
 from qexport.events import Noted, OnEvent, ignore
 from qexport.formats.gguf.text_model import text_and_skeleton
 from qexport.formats.opening import open_checkpoint
+from qexport.modeling.activations import scratch_directory
 from qexport.modeling.architectures import architecture_of
 from qexport.modeling.blocks import BlockStream
 from qexport.modeling.generation import end_tokens
@@ -64,7 +65,7 @@ def evaluate_recipe(model: Path, spec: VerifySpec) -> Recipe:
     for name in spec.tasks:  # a file of the user's own counts by its content
         for file in [Path(name)] if Path(name).is_file() else sorted(Path(name).glob("**/*.yaml")):
             inputs[f"task {file.name}"] = file_hash(file)
-    options = spec.model_dump(exclude={"text", "pairs", "batch_size", *VerifySpec.GATES})
+    options = spec.model_dump(exclude={"text", "pairs", "batch_size", "memory", *VerifySpec.GATES})
     packages = ("torch", "transformers", "sacrebleu", *(("lm_eval", "datasets") if spec.tasks else ()))
     return Recipe("evaluate", options, inputs, packages)
 
@@ -128,7 +129,7 @@ def evaluate(
     With `keep_logits` the model's own logits are kept in that file, for others to be held against. Weights
     are decoded from the written bytes by qexport itself, and computed with in fp32: one pass.
     Raises InputError for what cannot be read, VerificationError for a model that is not whole,
-    CalibrationError where reference and model cut the text into other tokens.
+    CalibrationError where reference and model cut the text into other tokens, StorageError.
     """
     ready = prepare(model, spec or VerifySpec(), trust_remote_code, on_event)
     if reference is None:
@@ -279,9 +280,10 @@ def _over_text(
         if against:
             stack.callback(against.close)
         writer: KeptLogitsWriter | None = None
-        for n, tokens, logits in scored_logits(
-            BlockStream(ready.skeleton, ready.checkpoint), windows, on_event
-        ):
+        stream = BlockStream(ready.skeleton, ready.checkpoint)
+        file = keep_logits or (reference.logits if reference else None)
+        beside = file.parent if file else scratch_directory()
+        for n, tokens, logits in scored_logits(stream, windows, ready.spec.memory, beside, on_event):
             losses = torch.nn.functional.cross_entropy(logits, tokens, reduction="none")
             nll[n] = float(losses.double().sum())
             if against:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qexport.errors import GateError
 from qexport.events import OnEvent, ignore
+from qexport.modeling.activations import scratch_directory
 from qexport.results import Evaluation, VerifyResult
 from qexport.specs import VerifySpec
 from qexport.verification.evaluate import Reference, evaluate, prepare, require_same_tokens, score
@@ -33,7 +34,7 @@ def verify(
         require_same_tokens(ready, reference)
         scores = score(ready, None, None, on_event)
         return VerifyResult(reference, scores, relative_difference(reference.perplexity, scores.perplexity))
-    with tempfile.TemporaryDirectory(prefix="qexport-") as directory:
+    with tempfile.TemporaryDirectory(prefix="qexport-", dir=scratch_directory()) as directory:
         kept = Path(directory) / "logits"
         full = evaluate(
             reference, spec, keep_logits=kept, trust_remote_code=trust_remote_code, on_event=on_event

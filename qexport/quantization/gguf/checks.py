@@ -18,6 +18,12 @@ _NOT_FOR_GGUF = ("group_size", "symmetric", "quant_type", "double_quant", "lm_he
 
 def check_options(spec: AnyQuantizeSpec) -> None:
     """Raises SpecError for options that GGUF has no use for, or that contradict each other."""
+    if planned := spec.budget or (spec.plan and "plan"):
+        flag = "bits" if planned == "average_bits" else planned.replace("_", "-")
+        raise SpecError(
+            f"--{flag} {getattr(spec, planned)} with gguf",
+            expected="--type, whose mixes give more bits to what needs them, such as q3_k_m; or --override",
+        )
     if spec.solver not in _SOLVERS:
         raise SpecError(
             f"--solver {spec.solver} with gguf",
@@ -29,7 +35,7 @@ def check_options(spec: AnyQuantizeSpec) -> None:
                 f"--{name.replace('_', '-')} with gguf",
                 expected="--type, which settles every tensor, such as q4_k_m; --override for some",
             )
-    given = spec.model_fields_set & CalibrationSpec.model_fields.keys()
+    given = spec.model_fields_set & set(CalibrationSpec.TEXT)
     if isinstance(spec, ImportanceSpec) and spec.imatrix is not None and given:
         raise SpecError(
             f"--{min(given).replace('_', '-')} beside --imatrix, which stands for a calibration already",

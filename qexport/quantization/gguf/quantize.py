@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,9 +27,11 @@ from qexport.formats.gguf.splitting import SUFFIX, read_model
 from qexport.formats.gguf.tensors import GgufTensor, Part
 from qexport.formats.gguf.tokenizer.vocabulary import Vocabulary, vocabulary
 from qexport.measure import Measured
+from qexport.modeling.activations import Activations
 from qexport.modeling.calibration import CalibrationData, calibration_data, check_calibration
 from qexport.modeling.skeleton import Skeleton
-from qexport.quantization.by_blocks import BlockQuantizer
+from qexport.quantization.by_blocks import BlockQuantizer, Lane
+from qexport.quantization.data_free import Write
 from qexport.quantization.gguf.matrix import known_matrix
 from qexport.quantization.gguf.modelfile import licences, modelfiles
 from qexport.quantization.gguf.plan import GgufPlan, Variant, is_coded, plan_gguf
@@ -163,8 +165,10 @@ def quantize_gguf(
             output.figures["calibration"] = data.figures()
         if data is not None and isinstance(spec, ImportanceSpec):
             layers = layer_inputs(plan.tensors)
-            matrix, data = gather_importance(plan.checkpoint, plan.skeleton, data, layers, on_event), None
-        errors = _write_tensors(plan, output, matrix, data, on_event)
+            with Activations(spec.memory, out.parent) as hidden:
+                matrix = gather_importance(plan.checkpoint, plan.skeleton, data, layers, hidden, on_event)
+            data = None
+        errors = _write_tensors(plan, output, matrix, data, out.parent, on_event)
         for name, content in modelfiles(source.path, prepared.vocabulary, models, on_event).items():
             output.add_text(name, content)
         files = [_file_result(plan, number, model) for number, model in enumerate(models)]
@@ -219,6 +223,7 @@ def _write_tensors(
     output: GgufOutput,
     matrix: ImportanceMatrix | None,
     data: CalibrationData | None,
+    directory: Path,
     on_event: OnEvent,
 ) -> list[list[TensorError]]:
     """Writes all; what the matrices of each file lost."""
@@ -233,7 +238,7 @@ def _write_tensors(
         stream.run(plan.tensors)
         on_event(Finished())
         return [stream.errors(number) for number in range(len(plan.variants))]
-    return [_write_calibrated(plan, output, number, data, on_event) for number in range(len(plan.variants))]
+    return _write_calibrated(plan, output, data, directory, on_event)
 
 
 def _device(plan: GgufPlan) -> torch.device:
@@ -241,35 +246,54 @@ def _device(plan: GgufPlan) -> torch.device:
 
 
 def _write_calibrated(
-    plan: GgufPlan, output: GgufOutput, number: int, data: CalibrationData, on_event: OnEvent
-) -> list[TensorError]:
-    """One file by a solver that sees activations; what lies outside the blocks, without them."""
-    variant = plan.variants[number]
-    view = plan.in_blocks(variant)
+    plan: GgufPlan, output: GgufOutput, data: CalibrationData, directory: Path, on_event: OnEvent
+) -> list[list[TensorError]]:
+    """All files by a solver that sees activations; what lies outside the blocks, without them."""
     held = {part.name: (tensor, part) for tensor in plan.tensors for part in tensor.parts}
 
-    def write(name: str, values: torch.Tensor) -> None:
-        tensor, part = held[name]
-        kind = variant.types[tensor.name]
-        if name in view.weights:
-            order = tensor.row_order()
-            blocks = values if order is None else values[order]
-        else:  # a norm that AWQ's scales went into
-            blocks = kind.encode(_arranged(tensor, values).reshape(-1, tensor.shape[-1]))
-        begin = (part.expert or 0) * blocks.numel()
-        output.write_bytes((number, tensor.name), begin, byte_view(blocks.contiguous()))
+    def writing(number: int, variant: Variant, coded: Collection[str]) -> Write:
+        def write(name: str, values: torch.Tensor) -> None:
+            tensor, part = held[name]
+            kind = variant.types[tensor.name]
+            if name in coded:
+                order = tensor.row_order()
+                blocks = values if order is None else values[order]
+            else:  # a norm that AWQ's scales went into
+                blocks = kind.encode(_arranged(tensor, values).reshape(-1, tensor.shape[-1]))
+            begin = (part.expert or 0) * blocks.numel()
+            output.write_bytes((number, tensor.name), begin, byte_view(blocks.contiguous()))
 
-    on_event(Started(f"gguf {variant.mix.name}", len(view.grids), "layers"))
-    blocks = BlockQuantizer(view, data, write, on_event)
-    blocks.run()
+        return write
+
+    lanes = []
+    for number, variant in enumerate(plan.variants):
+        view = plan.in_blocks(variant)
+        lanes.append(Lane(view, writing(number, variant, view.weights)))
+    names = ", ".join(variant.mix.name for variant in plan.variants)
+    on_event(Started(f"gguf {names}", sum(len(lane.plan.grids) for lane in lanes), "layers"))
+    memory = plan.spec.memory if isinstance(plan.spec, CalibrationSpec) else 0
+    BlockQuantizer(lanes, data, memory, directory, on_event).run()
     on_event(Finished())
-    done = view.weights | blocks.rewritten
+    return [_write_the_rest(plan, output, number, lane, held, on_event) for number, lane in enumerate(lanes)]
+
+
+def _write_the_rest(
+    plan: GgufPlan,
+    output: GgufOutput,
+    number: int,
+    lane: Lane,
+    held: Mapping[str, tuple[GgufTensor, Part]],
+    on_event: OnEvent,
+) -> list[TensorError]:
+    """What no block holds; the errors of all tensors of the file."""
+    done = set(lane.plan.weights) | lane.rewritten
     rest = [tensor for tensor in plan.tensors if not any(part.name in done for part in tensor.parts)]
-    stream = TensorStream(plan.checkpoint, output, {number: variant.types}, None, on_event, _device(plan))
+    types = {number: plan.variants[number].types}
+    stream = TensorStream(plan.checkpoint, output, types, None, on_event, _device(plan))
     on_event(Started("the rest", stream_bytes(rest), "bytes"))
     stream.run(rest)
     on_event(Finished())
-    found = [replace(error, tensor=_called(*held[f"{error.tensor}.weight"])) for error in blocks.errors]
+    found = [replace(error, tensor=_called(*held[f"{error.tensor}.weight"])) for error in lane.errors]
     return [*found, *stream.errors(number)]
 
 

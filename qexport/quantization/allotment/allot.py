@@ -1,0 +1,302 @@
+"""From a budget to a plan: the losses are measured, or known, and bits and group sizes go where they pay."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+
+from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.errors import SpecError
+from qexport.events import OnEvent, ignore
+from qexport.grids.grid import Grid
+from qexport.methods import FORMATS, Method, grid_wish
+from qexport.modeling.blocks import BlockStream
+from qexport.modeling.calibration import CalibrationData
+from qexport.modeling.skeleton import Skeleton
+from qexport.quantization.allotment.budget import (
+    Option,
+    least_loss,
+    least_size,
+    smallest_size,
+    total_size,
+)
+from qexport.quantization.allotment.candidates import (
+    Candidate,
+    candidate_of,
+    fitting,
+    grids_to_try,
+    stored_bytes,
+    units_of,
+)
+from qexport.quantization.allotment.measured import Losses, losses_of
+from qexport.quantization.allotment.plan_file import BitsPlan, LayerPlan, read_plan
+from qexport.quantization.allotment.sensitivity import measured_windows
+from qexport.quantization.choice import FULL, chosen_bits, parse_override
+from qexport.quantization.plan import Plan, plan_quantization
+from qexport.sizes import format_size
+from qexport.specs import AnyQuantizeSpec, Bits
+
+
+def without_budget(spec: AnyQuantizeSpec) -> AnyQuantizeSpec:
+    """The spec of the uniform choice: what layers get that no plan names. Where an average is asked for, that
+    is the next width above it that the format has, or the nearest."""
+    update = {**dict.fromkeys(spec.BUDGETS), "plan": None}
+    if (average := spec.average_bits) is not None:
+        update["bits"] = min(_widths(spec), key=lambda bits: (bits < average, abs(bits - average)), default=4)
+    return spec.model_copy(update=update)
+
+
+def _widths(spec: AnyQuantizeSpec) -> list[int]:
+    """The bits that the format has."""
+    found = []
+    for bits in get_args(Bits):
+        with contextlib.suppress(SpecError):
+            FORMATS[spec.format].module.grid_for(grid_wish(spec, torch.float16, bits=bits))
+            found.append(bits)
+    return found
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """All that an allotment needs and no budget: `uniform` is the plan without one; `units` are the layers
+    that are one choice; `grids` and `losses` tell what each layer may get, and what that costs."""
+
+    spec: AnyQuantizeSpec
+    uniform: Plan
+    units: Sequence[tuple[str, ...]]
+    grids: Mapping[str, Mapping[Candidate, Grid]]
+    losses: Losses
+    tokens: int
+
+    def plan(self, most: float | None = None) -> BitsPlan:
+        """The plan of the spec's budget; `most`, for --max-loss, is the KL, nats a token, in place of
+        log(1 + max_loss). Raises SpecError when no plan keeps to it."""
+        options = [self._options(unit) for unit in self.units]
+        costs = [[option for _, option in unit] for unit in options]
+        if self.spec.max_loss is not None:
+            limit = math.log1p(self.spec.max_loss) if most is None else most
+            chosen = least_size(costs, limit)
+            if chosen is None:
+                best = math.expm1(sum(min(option.loss for option in unit) for unit in costs))
+                raise SpecError(
+                    f"--max-loss {self.spec.max_loss:.3%}: with the most bits that {self.spec.format} "
+                    f"has, the perplexity is predicted to rise by {best:.3%}",
+                    expected="more than that",
+                )
+        else:
+            chosen = least_loss(costs, self._budget() - self._fixed())
+            if chosen is None:
+                least = (self._fixed() + smallest_size(costs)) * self._copies
+                raise SpecError(
+                    f"{self._asked()}: the smallest that {self.spec.format} gives here is {least} bytes "
+                    f"({format_size(least)})",
+                    expected="at least that",
+                )
+        candidates = {
+            name: unit_options[number][0]
+            for unit, unit_options, number in zip(self.units, options, chosen, strict=True)
+            for name in unit
+        }
+        size = (self._fixed() + total_size(costs, chosen)) * self._copies
+        return _bits_plan(self.spec, self.uniform, candidates, size, self.losses, self.tokens)
+
+    def _options(self, unit: Sequence[str]) -> list[tuple[Candidate, Option]]:
+        method, shapes = self.uniform.method, self.uniform.shapes
+        common = [
+            candidate
+            for candidate in self.grids[unit[0]]
+            if all(candidate in self.grids[name] for name in unit)
+        ]
+        return [
+            (
+                candidate,
+                Option(
+                    sum(stored_bytes(method, shapes[name], self.grids[name][candidate]) for name in unit),
+                    math.fsum(self.losses[name][candidate] for name in unit),
+                ),
+            )
+            for candidate in common
+        ]
+
+    @property
+    def _copies(self) -> int:
+        return FORMATS[self.spec.format].copies
+
+    def _fixed(self) -> int:
+        """Bytes of everything that the allotment leaves as it is, once."""
+        method, shapes, grids = self.uniform.method, self.uniform.shapes, self.uniform.grids
+        own = sum(stored_bytes(method, shapes[name], grids[name]) for unit in self.units for name in unit)
+        return sum(info.size for info in self.uniform.infos) - own
+
+    def _budget(self) -> int:
+        """Bytes for all weights, once."""
+        if self.spec.target_size is not None:
+            return self.spec.target_size // self._copies
+        assert self.spec.average_bits is not None  # noqa: S101 - one of the three is set
+        shapes = self.uniform.shapes
+        return self._fixed() + sum(
+            _at_average(self.uniform.method, shapes[name], self.spec.average_bits)
+            for unit in self.units
+            for name in unit
+        )
+
+    def _asked(self) -> str:
+        if self.spec.target_size is not None:
+            return f"--target-size {format_size(self.spec.target_size)}"
+        return f"--bits {self.spec.average_bits:g}"
+
+
+def _at_average(method: Method, shape: tuple[int, int], bits: float) -> int:
+    """Bytes of a layer [out, in] with so many bits on average and the common group size: between those of
+    the next widths below and above that the format has."""
+    common = candidate_of(method.common).group_size
+    sizes = {
+        candidate.bits: stored_bytes(method, shape, grid)
+        for candidate, grid in grids_to_try(method, common).items()
+    }
+    if not min(sizes) <= bits <= max(sizes):
+        raise SpecError(
+            f"--bits {bits:g} in {method.spec.format}",
+            expected=f"an average from {min(sizes)} to {max(sizes)}",
+        )
+    below, above = max(b for b in sizes if b <= bits), min(b for b in sizes if b >= bits)
+    share = (bits - below) / (above - below) if above > below else 0.0
+    return int(sizes[below] + share * (sizes[above] - sizes[below]))
+
+
+def prepare(
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    spec: AnyQuantizeSpec,
+    data: CalibrationData,
+    *,
+    inputs: Mapping[str, str],
+    memory: int,
+    directory: Path,
+    on_event: OnEvent,
+) -> Allotment:
+    """Measures, unless the cache knows, what each layer may cost. `inputs` are the hashes of what the model
+    is made of; `memory` bytes are for hidden states, those past it go to a file in `directory`.
+
+    Raises SpecError where the format has but one grid, or none that may differ from layer to layer.
+    """
+    uniform = plan_quantization(checkpoint, skeleton, without_budget(spec), ignore)
+    stream = BlockStream(uniform.skeleton, checkpoint)
+    own = chosen_bits([*uniform.grids, *uniform.left], _other_bits(spec))
+    wanted = [name for name in uniform.grids if name not in uniform.alone and name not in own]
+    all_grids = grids_to_try(uniform.method)
+    grids = {name: fitting(uniform.method, uniform.shapes[name], all_grids) for name in wanted}
+    units = units_of(stream, [name for name, found in grids.items() if found])
+    _check_mixing(spec, uniform, units, grids)
+    measured = {name: grids[name] for unit in units for name in unit}
+    if spec.max_loss is None:  # whether the budget can be kept to is known before
+        unknown = {name: dict.fromkeys(own_grids, 0.0) for name, own_grids in measured.items()}
+        Allotment(spec, uniform, units, grids, unknown, 0).plan()
+    losses = losses_of(
+        checkpoint,
+        uniform.skeleton,
+        uniform.method,
+        measured,
+        data.windows,
+        inputs=inputs,
+        memory=memory,
+        directory=directory,
+        on_event=on_event,
+    )
+    return Allotment(spec, uniform, units, grids, losses, measured_windows(data.windows).numel())
+
+
+def _other_bits(spec: AnyQuantizeSpec) -> list[str]:
+    """The user's overrides that give layers other bits; those that keep layers full have done their work."""
+    return [text for text in spec.override if parse_override(text).bits != FULL]
+
+
+def _check_mixing(
+    spec: AnyQuantizeSpec,
+    uniform: Plan,
+    units: Sequence[Sequence[str]],
+    grids: Mapping[str, Mapping[Candidate, Grid]],
+) -> None:
+    """SpecError, the format's own, where its config cannot tell layers of differing bits."""
+    choices = {candidate for unit in units for candidate in grids[unit[0]]}
+    if len(choices) < 2:
+        raise SpecError(
+            f"{spec.format} has one grid for these layers ({', '.join(map(str, choices)) or 'none'}): there "
+            "is nothing to allot",
+            remedy="another format, such as gptq, gptq_v2 or mlx",
+        )
+    first = units[0]
+    now = candidate_of(uniform.grids[first[0]])
+    other = next(candidate for candidate in grids[first[0]] if candidate != now)
+    trial = planned_spec(spec, uniform, dict.fromkeys(first, other))
+    plan_quantization(uniform.checkpoint, uniform.skeleton, trial, ignore)
+
+
+def planned_spec(
+    spec: AnyQuantizeSpec, uniform: Plan, candidates: Mapping[str, Candidate]
+) -> AnyQuantizeSpec:
+    """`spec` with a plan in the place of its budget: the most frequent grid becomes the common one, the
+    others overrides. The user's own overrides stand."""
+    found = {name: candidate_of(grid) for name, grid in uniform.grids.items()} | dict(candidates)
+    shapes = uniform.shapes.values()
+    counts = Counter(
+        candidate
+        for candidate in found.values()
+        if candidate.group_size is None
+        or candidate.group_size == -1
+        or all(shape[1] % candidate.group_size == 0 for shape in shapes)
+    )
+    common = counts.most_common(1)[0][0] if counts else candidate_of(uniform.method.common)
+    overrides = [text for text in spec.override if parse_override(text).bits == FULL]
+    overrides += [f"{name}={candidate}" for name, candidate in found.items() if candidate != common]
+    return without_budget(spec).model_copy(
+        update={"bits": common.bits, "group_size": common.group_size, "override": tuple(overrides)}
+    )
+
+
+def plan_from_file(
+    checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec
+) -> tuple[AnyQuantizeSpec, BitsPlan]:
+    """The spec that the plan in the file `spec.plan` comes to. --override and --skip go before it.
+
+    Raises SpecError for a file that does not fit the model or the format.
+    """
+    assert spec.plan is not None  # noqa: S101 - the caller asked
+    uniform = plan_quantization(checkpoint, skeleton, without_budget(spec), ignore)
+    path = Path(spec.plan)
+    read = read_plan(path, [*uniform.grids, *uniform.left])
+    own = chosen_bits([*uniform.grids, *uniform.left], _other_bits(spec))
+    candidates = {name: c for name, c in read.items() if name in uniform.grids and name not in own}
+    try:
+        planned = planned_spec(spec, uniform, candidates)
+        plan = plan_quantization(checkpoint, skeleton, planned, ignore)
+    except SpecError as error:
+        found = error.found.removeprefix("--override ")
+        raise SpecError(f"--plan {path}: {found}", expected=error.expected, remedy=error.remedy) from error
+    size = sum(info.size for info in plan.infos) * FORMATS[spec.format].copies
+    return planned, _bits_plan(spec, uniform, candidates, size, {}, 0)
+
+
+def _bits_plan(
+    spec: AnyQuantizeSpec,
+    uniform: Plan,
+    candidates: Mapping[str, Candidate],
+    size: int,
+    losses: Losses,
+    tokens: int,
+) -> BitsPlan:
+    budget = {"bits" if name == "average_bits" else name: getattr(spec, name) for name in spec.BUDGETS}
+    layers = {
+        name: LayerPlan(
+            candidates.get(name) or candidate_of(grid), math.prod(uniform.shapes[name]), losses.get(name, {})
+        )
+        for name, grid in uniform.grids.items()
+    }
+    return BitsPlan({k: v for k, v in budget.items() if v is not None}, layers, size, tokens)
