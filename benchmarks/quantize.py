@@ -1,6 +1,6 @@
 """Seconds a block: GPTQ and AWQ beside GPTQModel and AutoAWQ, and the calls of hqq and bitsandbytes.
 
-    python -m benchmarks.quantize [blocks] [tensors] [--layers N] [--samples N] [--length N] [--json FILE]
+    python -m benchmarks.quantize [blocks] [tensors] [--layers N] [--samples N] [--length N] [--limit S]
 
 `blocks`: models of Qwen2.5-1.5B's shape (random bf16 weights, norms of uneven size, as outliers are), with
 one block and with `--layers`, quantized to 4 bits in groups of 128 by each tool with its own defaults, on the
@@ -11,8 +11,12 @@ threads: they stand still while other work has the machine.
 `tensors`: the matrices of such a block by hqq's `Quantizer.quantize` and bitsandbytes' `quantize_4bit` and
 `int8_vectorwise_quant`, each in turn with our own call for the same format; the best of several turns.
 
-Each prints a Markdown table; `--json FILE` keeps the figures. GPTQModel and AutoAWQ get environments of
-their own (benchmarks/environments.py). Needs pip install -e '.[dev]'.
+AutoAWQ takes many minutes a block: it gets the model of one block alone, whose time is taken for the block's,
+and each run of any tool ends after `--limit` seconds: then "over" that many is all that the table tells.
+
+Each prints a Markdown table; both go to benchmarks/results/quantize.md, the figures to quantize.json there.
+GPTQModel and AutoAWQ get environments of their own (benchmarks/environments.py).
+Needs pip install -e '.[dev]'.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -35,6 +40,9 @@ from benchmarks.environments import python_of
 from benchmarks.shapes import SHAPES, Shape, make_checkpoint
 
 Record = dict[str, Any]
+Timed = tuple[float, float, bool]  # seconds, CPU seconds of all threads, and whether it came to its end
+_RESULTS = Path(__file__).with_name("results")
+_ONE_BLOCK = ("AutoAWQ",)
 _BITS, _GROUP = 4, 128
 _SAMPLES = "samples.json"  # token ids
 _TURNS = 3
@@ -42,7 +50,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 _TEXT = _ROOT / "calibration" / "calibration.jsonl"
 # tool -> (what it does, the peer whose environment it runs in)
 TOOLS = {
-    "qexport gptq": ("GPTQ", "qexport"),
+    "qexport gptq fast": ("GPTQ", "qexport"),
+    "qexport gptq balanced": ("GPTQ", "qexport"),
     "GPTQModel": ("GPTQ", "gptqmodel"),
     "qexport awq": ("AWQ", "qexport"),
     "AutoAWQ": ("AWQ", "autoawq"),
@@ -92,22 +101,25 @@ def make_model(shape: Shape, directory: Path, *, samples: int, length: int) -> N
     (directory / _SAMPLES).write_text(json.dumps(data.windows.tolist()))
 
 
-def quantized(tool: str, model: Path, out: Path, *, samples: int, length: int) -> tuple[float, float]:
-    """Seconds, and CPU seconds, that `tool` takes for the whole model, in this process."""
+def quantized(tool: str, model: Path, out: Path, *, samples: int, length: int, limit: int) -> Timed:
+    """The time that `tool` takes for the whole model, in this process; no more than `limit` seconds."""
     ids = json.loads((model / _SAMPLES).read_text())
     if tool.startswith("qexport"):
         import qexport
         from qexport.specs import spec_of
 
-        options = {"bits": _BITS, "group_size": _GROUP, "samples": samples, "sequence_length": length}
-        spec = spec_of(tool.split()[1], calibration=(str(_TEXT),), **options)
-        return _seconds(lambda: qexport.quantize(model, out, spec))
+        options: Record = {"bits": _BITS, "group_size": _GROUP, "samples": samples, "sequence_length": length}
+        _, method, *effort = tool.split()
+        if effort:
+            options["effort"] = effort[0]
+        spec = spec_of(method, calibration=(str(_TEXT),), **options)
+        return _seconds(lambda: qexport.quantize(model, out, spec), limit)
     if tool == "GPTQModel":
         from gptqmodel import GPTQModel, QuantizeConfig
 
         config = QuantizeConfig(bits=_BITS, group_size=_GROUP, offload_to_disk=False)
         loaded = GPTQModel.load(str(model), config)
-        return _seconds(lambda: loaded.quantize(ids, batch_size=8))
+        return _seconds(lambda: loaded.quantize(ids, batch_size=8), limit)
     from awq import AutoAWQForCausalLM  # type: ignore[import-not-found]
     from transformers import AutoTokenizer
 
@@ -115,7 +127,7 @@ def quantized(tool: str, model: Path, out: Path, *, samples: int, length: int) -
     awq = AutoAWQForCausalLM.from_pretrained(str(model))
     config = {"w_bit": _BITS, "q_group_size": _GROUP, "zero_point": True, "version": "GEMM"}
     limits = {"max_calib_samples": samples, "max_calib_seq_len": length}
-    return _seconds(lambda: awq.quantize(words, quant_config=config, calib_data=ids, **limits))
+    return _seconds(lambda: awq.quantize(words, quant_config=config, calib_data=ids, **limits), limit)
 
 
 def blocks(arguments: argparse.Namespace) -> list[Record]:
@@ -129,24 +141,32 @@ def blocks(arguments: argparse.Namespace) -> list[Record]:
             )
         records = []
         for tool in arguments.tools or TOOLS:
-            short, long = (_in_its_environment(tool, Path(scratch), layers, arguments) for layers in counts)
-            wall, cpu = ((b - a) / (counts[1] - counts[0]) for a, b in zip(short, long, strict=True))
-            records.append({"tool": tool, "method": TOOLS[tool][0], "block_s": wall, "block_cpu_s": cpu})
+            wall, cpu, whole = _in_its_environment(tool, Path(scratch), counts[0], arguments)
+            if tool not in _ONE_BLOCK and whole:
+                long_wall, long_cpu, whole = _in_its_environment(tool, Path(scratch), counts[1], arguments)
+                between = counts[1] - counts[0]
+                wall, cpu = (long_wall - wall) / between, (long_cpu - cpu) / between
+            figures = {"block_s": wall, "block_cpu_s": cpu, "ended": whole}
+            records.append({"tool": tool, "method": TOOLS[tool][0], **figures})
     return records
 
 
-def _in_its_environment(tool: str, scratch: Path, layers: int, arguments: argparse.Namespace) -> list[float]:
+def _in_its_environment(tool: str, scratch: Path, layers: int, arguments: argparse.Namespace) -> Timed:
     command = [str(python_of(TOOLS[tool][1])), "-m", "benchmarks.quantize", "--only", tool]
     command += ["--model", str(scratch / f"model-{layers}"), "--out", str(scratch / f"{tool}-{layers}")]
     command += ["--samples", str(arguments.samples), "--length", str(arguments.length)]
+    command += ["--limit", str(arguments.limit)]
     threads = str(arguments.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
-    ran = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
+    ran = subprocess.run(
+        command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=2 * arguments.limit + 300
+    )
     if ran.returncode:
         raise RuntimeError(f"{tool} failed:\n{ran.stderr[-3000:]}")
-    seconds: list[float] = json.loads(ran.stdout.splitlines()[-1])
-    print(f"{tool}, blocks {layers}: {seconds[0]:.1f} s, {seconds[1]:.1f} s of CPU", file=sys.stderr)
-    return seconds
+    wall, cpu, ended = json.loads(ran.stdout.splitlines()[-1])
+    cut = "" if ended else ", cut off"
+    print(f"{tool}, blocks {layers}: {wall:.1f} s, {cpu:.1f} s of CPU{cut}", file=sys.stderr)
+    return wall, cpu, ended
 
 
 def tensors(arguments: argparse.Namespace) -> list[Record]:
@@ -200,16 +220,31 @@ def _each(call: Callable[[Any], Any], weights: Sequence[Any]) -> None:
         call(weight)
 
 
-def _seconds(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds, and CPU seconds of this process."""
-    begun, begun_cpu = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - begun, time.process_time() - begun_cpu
+class _Over(BaseException):
+    """The time is over; no tool may take it for an error of its own."""
+
+
+def _seconds(work: Callable[[], Any], limit: int = 0) -> Timed:
+    """The time of `work` in this process; it is ended after `limit` seconds, if that is not 0."""
+
+    def over(*_: object) -> None:
+        raise _Over
+
+    signal.signal(signal.SIGALRM, over)
+    begun, begun_cpu, ended = time.perf_counter(), time.process_time(), True
+    signal.alarm(limit)
+    try:
+        work()
+    except _Over:
+        ended = False
+    finally:
+        signal.alarm(0)
+    return time.perf_counter() - begun, time.process_time() - begun_cpu, ended
 
 
 def blocks_table(records: Sequence[Record]) -> str:
-    """Markdown: seconds a block, and how many times those of our own of the same method."""
-    ours = {r["method"]: r for r in records if r["tool"].startswith("qexport")}
+    """Markdown: seconds a block, and how many times those of our own of the same method: our first one."""
+    ours = {r["method"]: r for r in reversed(records) if r["tool"].startswith("qexport")}
     lines = [
         "| method | tool | s a block | times ours | CPU s a block | times ours |",
         "|---|---|---|---|---|---|",
@@ -218,7 +253,8 @@ def blocks_table(records: Sequence[Record]) -> str:
         cells = [record["method"], record["tool"]]
         for key in ("block_s", "block_cpu_s"):
             own = ours.get(record["method"], {}).get(key)
-            cells += [f"{record[key]:.2f}", f"{record[key] / own:.2f}" if own else "-"]
+            over = "" if record["ended"] else "over "
+            cells += [f"{over}{record[key]:.1f}", f"{over}{record[key] / own:.2f}" if own else "-"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -236,13 +272,13 @@ def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description="Seconds a block, beside the peers.")
     parser.add_argument("parts", nargs="*", metavar="PART", help="of blocks, tensors; default: both")
-    parser.add_argument("--layers", type=int, default=3, help="blocks of the longer model")
-    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--layers", type=int, default=2, help="blocks of the longer model")
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tools", nargs="*", choices=list(TOOLS), help="default: all")
     parser.add_argument("--scratch", help="where models may lie for the while, 2 GB")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--limit", type=int, default=300, help="seconds that a run may take")
     parser.add_argument("--only", choices=list(TOOLS), help=argparse.SUPPRESS)  # in the tool's environment
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -255,19 +291,25 @@ def main() -> None:
                 arguments.out,
                 samples=arguments.samples,
                 length=arguments.length,
+                limit=arguments.limit,
             )
         print(json.dumps(seconds))
         return
     parts = {"blocks": (blocks, blocks_table), "tensors": (tensors, tensors_table)}
-    found: Record = {}
+    kept = _RESULTS / "quantize.json"
+    found: Record = json.loads(kept.read_text()) if kept.exists() else {}
     for part in arguments.parts or parts:
         if part not in parts:
             parser.error(f"no part {part!r}: one of {', '.join(parts)}")
         measure, table = parts[part]
         found[part] = measure(arguments)
         print(table(found[part]), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1))
+    settings = vars(arguments)
+    found["recipe"] = {name: settings[name] for name in ("layers", "samples", "length", "threads", "limit")}
+    _RESULTS.mkdir(exist_ok=True)
+    kept.write_text(json.dumps(found, indent=1) + "\n")
+    tables = [table(found[part]) for part, (_, table) in parts.items() if part in found]
+    kept.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 demo's table as it came out.
 
     make demo && .venv/bin/python -m benchmarks.readme --demo qexport-demo
-    .venv/bin/python -m benchmarks.readme --memory
+    .venv/bin/python -m benchmarks.memory --json memory.json
+    .venv/bin/python -m benchmarks.readme --memory memory.json
     .venv/bin/python -m benchmarks.merge --json > merge.json
     .venv/bin/python -m benchmarks.readme --merge merge.json
     .venv/bin/python -m benchmarks.gguf encoders --json encoders.json
@@ -32,6 +33,7 @@ import time
 from pathlib import Path
 
 from benchmarks.gguf import TABLES as GGUF_TABLES
+from benchmarks.memory import tables as memory_tables
 from benchmarks.merge import Agreement, Results, remarks, table
 from benchmarks.merge import Row as MergeRow
 from qexport.cli.main import COMMANDS
@@ -95,7 +97,7 @@ def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--demo", type=Path, metavar="DIR")
-    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--memory", type=Path, metavar="JSON")
     parser.add_argument("--merge", type=Path, metavar="JSON")
     parser.add_argument("--compare", type=Path, metavar="MARKDOWN")
     parser.add_argument("--quality", type=Path, metavar="MARKDOWN")
@@ -108,10 +110,8 @@ def main() -> None:
         text = replaced(text, "demo", demo_table(options.demo))
         take_picture(options.demo / "report.html", PICTURE)
     if options.memory:
-        run = [sys.executable, "-m", "benchmarks.memory"]
-        text = replaced(
-            text, "memory", subprocess.run(run, stdout=subprocess.PIPE, text=True, check=True).stdout
-        )
+        found = json.loads(options.memory.read_text(encoding="utf-8"))
+        text = replaced(text, "memory", memory_tables(found))
     if options.compare:
         text = replaced(text, "compare", options.compare.read_text(encoding="utf-8"))
     for part in ("quality", "speed"):

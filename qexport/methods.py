@@ -27,6 +27,7 @@ from qexport.formats import (
 from qexport.formats.format import Format, Wish
 from qexport.grids.grid import Grid, SelfFitting, encode
 from qexport.solvers.awq import search_clip
+from qexport.solvers.evenly import code_range
 from qexport.solvers.gptq import Curvature, curvature, gptq_codes, toward_full_outputs
 from qexport.solvers.hqq import half_quadratic
 from qexport.solvers.refine import damped, refine
@@ -147,7 +148,8 @@ class Solving:
         )
         if spec.effort != "fast":
             hessian = damped(prepared.hessian, prepared.curvature.damp)
-            chosen = refine(weight, chosen, hessian, grid, outputs)
+            # without a compiled loop, rows that depend on each other take hours
+            chosen = refine(weight, chosen, hessian, grid, outputs if code_range(grid, weight) else None)
         return chosen.assembled(grid)
 
 

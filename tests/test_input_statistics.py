@@ -7,6 +7,7 @@ import torch
 
 from qexport.calibrate.hessian import InputStatistics, mean_abs
 from qexport.errors import NonFiniteError
+from qexport.grids.products import fast_in_bf16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -41,9 +42,11 @@ def test_wide_inputs_are_summed_in_parts(dtype: torch.dtype) -> None:
     seen = InputStatistics(2100)
     seen.add(x)
     assert torch.get_float32_matmul_precision() == before
-    found, expected = seen.mean("l").double(), x.double().t() @ x.double() / 300
+    found = seen.mean("l").double()
     assert torch.equal(found, found.t())
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    for rows, tolerance in ((x.bfloat16() if fast_in_bf16() else x, 1e-5), (x, 3e-3)):
+        expected = rows.double().t() @ rows.double() / 300
+        assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
 def test_the_mean_size_over_several_is_by_tokens() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qexport.errors import SpecError
+from qexport.grids import products
 from qexport.grids.bnb4 import Bnb4Grid
 from qexport.grids.grid import Grid
 from qexport.grids.integer import IntegerGrid
@@ -98,6 +99,24 @@ def test_each_round_lowers_the_loss(name: str) -> None:
     ]
     assert losses == sorted(losses, reverse=True)
     assert losses[1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_large_layers_lose_nothing_by_products_in_bf16(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Correlated inputs, in exact arithmetic: as good as in fp32, and better than before."""
+    monkeypatch.setattr(products, "fast_in_bf16", lambda: fast)
+    grid = IntegerGrid(3, 64, "integer")
+    W, H, _ = case(8, out=24, inputs=640)
+    H = damped(H + 0.5, 0.01)  # a mean far from 0, as activations have
+    start = rounded(W, grid)
+    losses = [
+        loss(W, refine(W, start, H, grid, rounds=rounds), grid, H, torch.eye(24)) for rounds in (0, 1, 2, 3)
+    ]
+    assert losses == sorted(losses, reverse=True)
+    monkeypatch.setattr(products, "fast_in_bf16", lambda: False)
+    exact = loss(W, refine(W, start, H, grid, rounds=3), grid, H, torch.eye(24))
+    assert losses[-1] < 1.01 * exact
+    assert exact < 0.5 * losses[0]
 
 
 def test_scales_are_those_of_least_squares() -> None:

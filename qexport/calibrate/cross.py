@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from qexport.grids.products import fp32_factors_as_bf16, worthwhile
+
 
 class CrossMoment:
-    """Sums (x' - x) x^T, fp32 [in, in]: x' a layer's inputs in the full model, x those that it has now."""
+    """Sums (x' - x) x^T, fp32 [in, in]: x' a layer's inputs in the full model, x those that it has now.
+
+    Products in bf16 where that is faster: the difference is taken before, in fp32, and so keeps its digits.
+    """
 
     def __init__(self, inputs: int) -> None:
         self._products = torch.zeros(inputs, inputs)
@@ -16,7 +21,8 @@ class CrossMoment:
         """Both inputs [..., in] of the same tokens. Not changed."""
         rows = x.reshape(-1, x.shape[-1]).float()
         change = full.reshape(-1, full.shape[-1]).float() - rows
-        self._products.addmm_(change.t(), rows)
+        with fp32_factors_as_bf16(worthwhile(rows)):
+            self._products.addmm_(change.t(), rows)
         self._count += len(rows)
 
     def mean(self) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from qexport.errors import SpecError
 
-_VALUES_AT_ONCE = 1 << 21  # what is widened to fp32 at once
+_VALUES_AT_ONCE = 1 << 18  # what is widened to fp32 at once: stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def encode(grid: Grid, weight: torch.Tensor, scales: Any, group_of: torch.Tensor
 
 
 def row_slices(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of the rows of a matrix [out, in], each of a few megabytes in fp32."""
+    """Slices of the rows of a matrix [out, in], each of about a megabyte in fp32."""
     rows = max(1, _VALUES_AT_ONCE // max(shape[1], 1))
     for begin in range(0, max(shape[0], 1), rows):
         yield slice(begin, begin + rows)

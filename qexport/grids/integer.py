@@ -121,7 +121,9 @@ class IntegerGrid:
         if zeros is not None and self.zero == "bias":
             largest = torch.finfo(self.dtype).max
             zeros = (zeros.float() * factors).clamp(-largest, largest).to(self.dtype)
-        return IntegerScales(self._stored(scales.scales.float() * factors), zeros)
+        found = (scales.scales.float() * factors).clamp(max=torch.finfo(self.dtype).max).to(self.dtype)
+        # one that would fall to 0 stays as it is: the 1 of `_stored` is for groups that are all at the zero
+        return IntegerScales(torch.where(found > 0, found, scales.scales), zeros)
 
     def stretched(self, codes: IntegerCodes, factors: torch.Tensor) -> IntegerCodes:
         """Codes as they are under scales that are `scaled`."""

@@ -161,10 +161,11 @@ class Activations:
         try:
             yield
         except OSError as error:
+            past = f" past {format_size(self._budget)}" if self._budget else ""
+            more = ", or let more of them stay in memory with --memory" if self._budget else ""
             raise StorageError(
-                f"hidden states past {format_size(self._budget)} go to a temporary file in "
-                f"{self._directory}: {error.strerror or error}",
-                remedy="free some space there, or let more of them stay in memory with --memory",
+                f"hidden states{past} go to a temporary file in {self._directory}: {error.strerror or error}",
+                remedy=f"free some space there{more}",
             ) from error
 
 

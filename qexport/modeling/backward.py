@@ -77,16 +77,16 @@ def backward(
     """Runs `loss` over token ids [n, length] a batch, and shows `watcher` the gradients of its layers. What
     goes into a block is shown for the batches of `forward_only` too, after the others; those get none.
 
-    Holds one block; the inputs of all blocks, kept as Activations keep `dtype`, in `memory` bytes and past
-    them in a file in `directory`; and of a batch what autograd keeps of one block. At the head one row of a
-    batch is worked on at a time, so `loss` sees batches of one row. Raises what BlockStream does, and
-    StorageError.
+    Holds one block; the gradients by one block's outputs, in `memory` bytes and past them in a file; and of
+    a batch what autograd keeps of one block. The inputs of all blocks, which alone grow with their number,
+    lie in a file in `directory`, as Activations keep `dtype`: reading one is little beside the work on it.
+    At the head one row of a batch is worked on at a time, so `loss` sees batches of one row. Raises what
+    BlockStream does, and StorageError.
     """
     count, blocks = len(batches) + len(forward_only), len(stream)
     with ExitStack() as stack:
-        inputs, gradients = (
-            stack.enter_context(Activations(share, directory, dtype)) for share in _shares(memory, blocks)
-        )
+        inputs = stack.enter_context(Activations(0, directory, dtype))
+        gradients = stack.enter_context(Activations(memory, directory, dtype))
         on_event(Started("gradients", 2 * blocks, "blocks"))
         inputs.extend(stream.embeddings([*batches, *forward_only]))
         for index in range(blocks):
@@ -110,12 +110,6 @@ def backward(
                 watcher.end(index, block)
             on_event(Advanced(1, stream.block_name(index)))
         on_event(Finished())
-
-
-def _shares(memory: int, blocks: int) -> tuple[int, int]:
-    """Bytes for the inputs of all blocks and for the gradients of one."""
-    gradients = memory // (blocks + 2)
-    return memory - gradients, gradients
 
 
 def _head_gradient(
@@ -171,8 +165,6 @@ class _Watched:
             x = args[0].detach()
             out = out[0] if isinstance(out, tuple) else out  # of a block itself
             if out.requires_grad:  # not in a forward pass of the watcher's own
-                out.register_hook(  # type: ignore[no-untyped-call]
-                    lambda gradient: self._see(inner, x, gradient.detach())
-                )
+                out.register_hook(lambda gradient: self._see(inner, x, gradient.detach()))
 
         return hook

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.grids.products import LinearInBf16
 from qexport.modeling.architectures import Architecture, architecture_of
 from qexport.modeling.folding import Fold, expand, folds_of
 from qexport.modeling.places import Place, read_places
@@ -122,16 +123,24 @@ class _PassThrough(nn.Module):
 class BlockStream:
     """Runs token batches through a checkpoint's model block by block, in `dtype`.
 
+    With `rounded`, `run` and `inputs` let linear layers multiply in bf16 where that is faster.
+
     Raises UnsupportedModelError for a model without a row in architectures.py.
     """
 
     def __init__(
-        self, skeleton: Skeleton, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32
+        self,
+        skeleton: Skeleton,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        *,
+        rounded: bool = False,
     ) -> None:
         self.architecture = architecture_of(skeleton.model_type)
         self._skeleton, self._checkpoint, self._dtype = skeleton.bound(checkpoint), checkpoint, dtype
         self._owner_name, _, self._list_name = self.architecture.blocks.rpartition(".")
         self._blocks: nn.ModuleList = skeleton.model.get_submodule(self.architecture.blocks)
+        self._rounded = rounded
         self._calls: dict[tuple[int, ...], list[Call]] = {}
         self._tuples = False  # whether the blocks return tuples; the first run tells
 
@@ -244,7 +253,8 @@ class BlockStream:
 
         `block` is one that takes its place, a changed copy mostly.
         """
-        return self.forward(index, hidden, block)
+        with LinearInBf16() if self._rounded else contextlib.nullcontext():
+            return self.forward(index, hidden, block)
 
     def forward(self, index: int, hidden: torch.Tensor, block: Block | None = None) -> torch.Tensor:
         """As `run`; gradients flow to `hidden` where they are on. `block` may be any function like it."""

@@ -43,6 +43,7 @@ from qexport.specs import GptqSpec
 
 _BATCH_TOKENS = 2048  # tokens that go through a block at once
 _LOGITS = 1 << 27  # values of a batch's: half a gigabyte each time they are copied
+_ROUNDED = 5  # bits up to which what a weight loses by being rounded to bf16 is nothing beside its own error
 _TOKENS_AN_INPUT = 10  # from which on a Hessian's directions are all seen several times
 
 Group = tuple[Layer, ...]
@@ -103,6 +104,12 @@ class Lane:
     rewritten: set[str] = field(default_factory=set)
     hidden: Activations | None = None  # its own, once they differ from the full model's
 
+    @property
+    def rounded(self) -> bool:
+        """Whether its passes may multiply in bf16: not those that follow what codes of many bits do to later
+        layers, which bf16 would hide."""
+        return not self.plan.method.follows or all(grid.bits <= _ROUNDED for grid in self.plan.grids.values())
+
     def chosen(self, group: Group) -> Group:
         """The layers of a group that become codes."""
         return tuple(layer for layer in group if layer.name in self.plan.grids)
@@ -152,22 +159,30 @@ class BlockQuantizer:
         Raises NonFiniteError that names the layer whose inputs are not finite.
         """
         self._note_few_tokens()
-        plan = self.lanes[0].plan
-        stream = BlockStream(plan.skeleton, plan.checkpoint)
+        # what a lane writes does not depend on those that go with it
+        for rounded in (True, False):
+            if lanes := [lane for lane in self.lanes if lane.rounded is rounded]:
+                self._pass(lanes, rounded=rounded)
+        self._tell()
+
+    def _pass(self, lanes: Sequence[Lane], *, rounded: bool) -> None:
+        """Once through the model."""
+        plan = lanes[0].plan
+        stream = BlockStream(plan.skeleton, plan.checkpoint, rounded=rounded)
         batches = self.batches
-        following = [lane for lane in self.lanes if lane.plan.method.follows]
+        following = [lane for lane in lanes if lane.plan.method.follows]
         share = self.memory // (len(following) + 1)
         with ExitStack() as stack:
             curvatures = None
-            if any(lane.plan.method.weighs_outputs for lane in self.lanes):
+            if any(lane.plan.method.weighs_outputs for lane in lanes):
                 curvatures = stack.enter_context(OutputCurvatures(self.directory))
                 curvatures.gather(stream, batches, memory=self.memory, on_event=self.on_event)
             full = stack.enter_context(Activations(share, self.directory))
             full.extend(stream.embeddings(batches))
             for index in range(len(stream)):
                 with stream.block(index) as block:
-                    shared = self._shared(stream, index, full, propagate=not following)
-                    for lane in self.lanes:
+                    shared = self._shared(lanes, stream, index, full, propagate=not following)
+                    for lane in lanes:
                         one = _OneBlock(self, lane, stream, index, block, full, shared, curvatures)
                         one.solve()
                         if lane.plan.method.follows:
@@ -179,14 +194,13 @@ class BlockQuantizer:
                     if following:
                         for number, batch in enumerate(full):  # one set of activations, not two
                             full[number] = stream.run(index, batch)
-        self._tell()
 
     def _shared(
-        self, stream: BlockStream, index: int, full: Activations, *, propagate: bool
+        self, lanes: Sequence[Lane], stream: BlockStream, index: int, full: Activations, *, propagate: bool
     ) -> dict[str, InputStatistics]:
         """Statistics of the full model's inputs, as far as any lane wants them; `full` goes on if asked."""
         wanted: dict[str, None] = {}
-        for lane in self.lanes:
+        for lane in lanes:
             method = lane.plan.method
             if not method.follows:
                 groups = stream.groups(index)

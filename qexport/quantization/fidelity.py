@@ -6,8 +6,10 @@ import math
 
 import torch
 
-from qexport.grids.grid import row_slices
+from qexport.grids.products import for_products, square_form
 from qexport.results import TensorError
+
+_ROWS = 1024  # of a matrix that are looked at together
 
 
 def tensor_error(
@@ -18,15 +20,17 @@ def tensor_error(
     Nothing is changed.
     """
     square = lost = weighted_square = weighted_lost = 0.0
-    for rows in row_slices(weight.shape):
+    H = None if hessian is None else for_products(hessian)  # noqa: N806
+    for begin in range(0, len(weight), _ROWS):
+        rows = slice(begin, begin + _ROWS)
         W = weight[rows].float()  # noqa: N806
         D = decoded[rows] - W  # noqa: N806
         square += float(W.square().sum())
         lost += float(D.square().sum())
-        if hessian is not None:
-            weighted_square += float((W @ hessian * W).sum())
-            weighted_lost += float((D @ hessian * D).sum())
-    weighted = None if hessian is None else ratio(weighted_lost, weighted_square)
+        if H is not None:
+            weighted_square += float(square_form(W, H).sum())
+            weighted_lost += float(square_form(D, H).sum())
+    weighted = None if H is None else ratio(weighted_lost, weighted_square)
     return TensorError(name, bits, ratio(lost, square), weighted)
 
 

@@ -24,7 +24,6 @@ from qexport.solvers.refine import output_blocks, usable_outputs
 SIZE = 128  # outputs whose errors are weighed together: of 32 to 128, and of all, the loss is nearly the same
 _DAMP = 0.1  # of the mean diagonal: gradients are noisier than inputs
 _TOKENS = 1 << 15  # that are enough for matrices of this size
-_IN_MEMORY = 1 << 28  # bytes of all matrices; the rest lies in the temporary file
 
 
 @dataclass(frozen=True)
@@ -40,11 +39,15 @@ class BlockCurvature:
 
 
 class OutputCurvatures:
-    """The curvatures of all blocks, kept as they are found, last block first. A context manager."""
+    """The curvatures of all blocks, found from the last one on. A context manager.
+
+    They lie in a temporary file in `directory`: of a model of many blocks they are gigabytes, and each is
+    asked for once.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._kept = Activations(_IN_MEMORY, directory, torch.float32)
+        self._kept = Activations(0, directory, torch.float32)
         self._where: dict[tuple[int, str], int] = {}
         self._stream: BlockStream | None = None
         self._sums: dict[str, torch.Tensor] = {}

@@ -13,6 +13,7 @@ import torch
 
 from qexport.errors import SpecError
 from qexport.grids.grid import Grid, grouped
+from qexport.grids.products import for_products, multiply
 from qexport.solvers.search import best_shrink, rounding_errors, row_chunks
 
 _MULTIPLICATIONS = 1 << 32  # a trial of one ratio: about 0.1 s on two cores
@@ -127,8 +128,7 @@ def _by_hessian(
     shared: dict[int, tuple[torch.Tensor, list[tuple[torch.Tensor, float]]]] = {}
     for sample, hessian in zip(samples, hessians, strict=True):
         if id(hessian) not in shared:
-            fast = hessian.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-            shared[id(hessian)] = hessian.to(torch.bfloat16 if fast else torch.float32), []
+            shared[id(hessian)] = for_products(hessian), []
         shared[id(hessian)][1].append(sample)
     return list(shared.values())
 
@@ -149,7 +149,7 @@ def _output_errors(
                 D = rounding_errors(W, grid, grid.lines(grid.fit(W))).div_(scales)  # noqa: N806
                 parts.append(D.mul_(share**0.5))
         errors = torch.cat(parts)
-        products = (errors.to(hessian.dtype) @ hessian).float().mul_(errors)
+        products = multiply(errors, hessian).mul_(errors)
         rows = sum(len(weight) for weight, _ in samples)
         for number in range(len(candidates)):
             totals[number] += float(products[number * rows : (number + 1) * rows].sum(dtype=torch.float64))

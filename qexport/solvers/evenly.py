@@ -49,8 +49,9 @@ def code_range(grid: Grid, weight: torch.Tensor) -> tuple[np.float32, np.float32
 
 
 def divisible(step: torch.Tensor) -> torch.Tensor:
-    """Steps that one can divide by: a row of zeros has 0."""
-    return step.clamp(min=torch.finfo(torch.float32).tiny)
+    """Steps that one can divide by: a row of zeros has 0. GGUF's may be negative, and stay so."""
+    tiny = torch.finfo(torch.float32).tiny
+    return torch.where(step.abs() < tiny, tiny, step)
 
 
 def shrunk_lines(values: torch.Tensor, grid: Grid, shrinks: Sequence[float]) -> Lines:

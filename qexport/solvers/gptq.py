@@ -18,6 +18,7 @@ import torch
 
 from qexport.errors import NonFiniteError, SpecError
 from qexport.grids.grid import Grid, group_width
+from qexport.grids.products import multiply, worthwhile
 from qexport.solvers.cholesky import damped_factor
 from qexport.solvers.chosen import Chosen
 from qexport.solvers.evenly import code_range, divisible, kernels, over_rows
@@ -63,17 +64,15 @@ def curvature(
     """
     if act_order not in get_args(ActOrder):
         raise SpecError(f"act order {act_order!r}", expected=", ".join(get_args(ActOrder)))
-    if not bool(hessian.sum(dtype=torch.float64).isfinite()):
+    if not all(bool(extreme.isfinite()) for extreme in hessian.aminmax()):  # NaN comes through both
         raise NonFiniteError("the Hessian holds NaN or infinity", expected="finite activations")
     diagonal = hessian.diagonal().float()
     width = group_width(group_size, len(diagonal))
     order = _order(diagonal, act_order, width)
-    H = (hessian if order is None else hessian[order][:, order]).float()  # noqa: N806
-    H = H.clone() if order is None else H  # noqa: N806
-    alive = H.diagonal() != 0
+    alive = diagonal != 0
     # no other input is tied to a dead one, so any value will do; this one leaves the mean as it is
-    H.diagonal()[~alive] = H.diagonal()[alive].mean() if bool(alive.any()) else 1.0
-    factor, damped = damped_factor(H, damp)
+    filler = diagonal[alive].mean() if bool(alive.any()) else torch.ones_like(diagonal[0])
+    factor, damped = damped_factor(hessian, damp, order, torch.where(alive, diagonal, filler))
     return Curvature(factor, order, diagonal.clone(), damped, act_order, width)
 
 
@@ -179,8 +178,8 @@ def gptq_codes(
             expected="the same group size",
         )
     # Transposed, a column of the paper is contiguous in memory.
-    W = weight.float().t()  # noqa: N806
-    W = (W if order is None else W[order]).clone(memory_format=torch.contiguous_format)  # noqa: N806
+    W = (weight if order is None else weight[:, order]).float().t()  # noqa: N806
+    W = W.clone(memory_format=torch.contiguous_format)  # noqa: N806
     fitted: dict[int, Any] = {}
     in_order = diagonal if order is None else diagonal[order]
     _solve(W, factor, grid, groups.tolist(), fixed, lambda w, columns: fit(w, in_order[columns]), fitted)
@@ -213,11 +212,15 @@ def _solve(
     ends = dict(zip(begins, [*begins[1:], inputs], strict=True))
     pivots = M.diagonal()
     lines = fixed if fixed is None else (divisible(fixed[0]), fixed[1])
-    E = torch.empty_like(W)  # noqa: N806 - whole errors of the columns so far
+    # Whole errors of the columns so far. In bf16 the feedback is off by thousandths of an error.
+    E = torch.empty_like(W)  # noqa: N806
+    before = E.bfloat16() if worthwhile(M) else E
     for begin in range(0, inputs, BLOCK):
         end = min(begin + BLOCK, inputs)
         U = M[:end, begin:end] / pivots[begin:end]  # noqa: N806
-        W1 = torch.addmm(W[begin:end], U[:begin].t(), E[:begin])  # noqa: N806
+        W1 = W[begin:end].clone()  # noqa: N806
+        if begin:
+            W1.add_(multiply(U[:begin].t(), before[:begin]))
         U1, E1 = U[begin:], E[begin:end]  # noqa: N806
         # columns whose lines are known: all, or those of a group
         cuts = [begin, end] if fixed else sorted({begin, end, *(i for i in begins if begin < i < end)})
@@ -227,7 +230,12 @@ def _solve(
                 # The group's scale is that of the weights as the errors so far have moved them: all of it at
                 # once, where U moves each column for the sake of itself, with those between already known.
                 group = slice(first, ends[first])
-                pull = M[:first, group].t() @ E[:first]
+                # those columns of the block hold what they are moved by already
+                inside = slice(first, min(ends[first], end))
+                pull = (W1[a : a + len(W[inside])] - W[inside]) * pivots[inside, None]
+                if ends[first] > end:
+                    rest = slice(end, ends[first])
+                    pull = torch.cat((pull, multiply(M[:first, rest].t(), before[:first])))
                 values = W[group] + torch.linalg.solve_triangular(M[group, group].t(), pull, upper=False)
                 fitted[groups[first]] = fit(values.t().contiguous(), group)
                 found = grid.lines(fitted[groups[first]])
@@ -235,6 +243,8 @@ def _solve(
             assert lines is not None  # noqa: S101 - the first column begins a group
             of = groups[first:last] if fixed else [0] * (last - first)
             _solve_columns(W1[a:b], W[first:last], E1[a:b], U1[a:b, a:b], grid, lines, of)
+            if before is not E:
+                before[first:last] = E1[a:b]
             if last < end:
                 W1[b:].addmm_(U1[a:b, b:].t(), E1[a:b])
         W[begin:end] = W1

@@ -116,3 +116,17 @@ def solve_columns(
                 pull = factor[i, j]
                 for r in range(_TILE):
                     tile[j, r] += pull * error[r]
+
+
+@kernel
+def lower_in_order(matrix: Any, order: Any, found: Any, begin: int, end: int) -> None:
+    """Rows and columns of `matrix` [n, n] in `order` int64 [n], into `found` up to the diagonal, then zeros.
+
+    Rows of `found` from `begin` to `end`.
+    """
+    for i in range(begin, end):
+        row = matrix[order[i]]
+        for j in range(i + 1):
+            found[i, j] = row[order[j]]
+        for j in range(i + 1, len(order)):
+            found[i, j] = 0

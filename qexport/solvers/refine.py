@@ -10,20 +10,23 @@ here for rows that depend on each other too.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from qexport.errors import SpecError
 from qexport.grids.grid import Grid, Scalable
+from qexport.grids.products import for_products, multiply
 from qexport.solvers.chosen import Chosen
 from qexport.solvers.evenly import code_range, divisible, over_rows
 
 BLOCK = 128  # columns whose changes are told to all others together
-_ROUNDS = 2  # codes, then scales
+_ROUNDS = 1  # codes, then scales; of a second one the model's outputs show nothing
+_ROUNDS_ACROSS = 2  # where rows depend on each other
 _PASSES = 4  # over all codes, a round
 _RIDGE = 1e-4  # of the mean diagonal: pulls a group's factor towards 1
 _FARTHEST = 2.0  # a group's scale changes by no more than this factor a round
-_VALUES_AT_ONCE = 1 << 24
+_ROWS, _COLUMNS = 512, 1024  # of products that stay in a core's cache
 
 
 def refine(
@@ -33,7 +36,7 @@ def refine(
     grid: Grid,
     outputs: torch.Tensor | None = None,
     *,
-    rounds: int = _ROUNDS,
+    rounds: int | None = None,
     passes: int = _PASSES,
 ) -> Chosen:
     """Better codes and scales for `weight` fp32 [out, in], from those chosen before. Nothing is changed.
@@ -49,9 +52,7 @@ def refine(
             f"a Hessian of shape {tuple(hessian.shape)} for a weight of {inputs} inputs",
             expected="one row and column an input",
         )
-    if outputs is None:
-        outputs = torch.ones(out, 1, 1, device=weight.device)
-    elif outputs.dim() != 3 or -(-out // outputs.shape[1]) != len(outputs):
+    if outputs is not None and (outputs.dim() != 3 or -(-out // outputs.shape[1]) != len(outputs)):
         raise SpecError(
             f"curvatures of outputs of shape {tuple(outputs.shape)} for {out} outputs",
             expected="square blocks that cover them",
@@ -61,6 +62,8 @@ def refine(
     if order is not None:  # groups become neighbours, and so does everything else
         weight, hessian = weight[:, order], hessian[order][:, order]
         chosen = Chosen(chosen.codes[:, order], chosen.scales)
+    if rounds is None:
+        rounds = _ROUNDS if outputs is None else _ROUNDS_ACROSS
     for _ in range(rounds):
         chosen = _better_codes(weight, chosen, hessian, grid, outputs, passes)
         if isinstance(grid, Scalable):
@@ -79,22 +82,27 @@ def _better_codes(
     chosen: Chosen,
     H: torch.Tensor,  # noqa: N803
     grid: Grid,
-    G: torch.Tensor,  # noqa: N803
+    G: torch.Tensor | None,  # noqa: N803
     passes: int,
 ) -> Chosen:
     """Cyclic coordinate descent on the codes, scales as they are."""
     inputs = W.shape[1]
-    step, origin = (part.contiguous() for part in chosen.spread_lines(grid))
+    step, origin = chosen.spread_lines(grid)
     codes = chosen.codes.float().contiguous()
     # of a codebook, codes are no values: rounding a value that is on the grid gives both
     values = _values(chosen, grid)
-    gradient = _on_outputs(G, values - W) @ H
+    factor = for_products(H)
+    D = (values - W).to(factor.dtype)  # noqa: N806
     for _ in range(passes):
         for begin in range(0, inputs, BLOCK):
             block = slice(begin, min(begin + BLOCK, inputs))
-            old = values[:, block].clone()
-            _descend(codes, values, gradient, step, origin, H, G, grid, block)
-            gradient.addmm_(_on_outputs(G, values[:, block] - old), H[block])
+            gradient = multiply(D, factor[:, block])
+            if G is not None:
+                gradient = _on_outputs(G, gradient)
+            _descend(
+                codes, values, gradient, (step[:, block], origin[:, block]), H[block, block], G, grid, block
+            )
+            D[:, block] = values[:, block] - W[:, block]
     return replace(chosen, codes=codes.to(torch.int16))
 
 
@@ -115,25 +123,35 @@ def _on_outputs(G: torch.Tensor, D: torch.Tensor) -> torch.Tensor:  # noqa: N803
 def _descend(
     codes: torch.Tensor,
     values: torch.Tensor,
-    gradient: torch.Tensor,
-    step: torch.Tensor,
-    origin: torch.Tensor,
-    H: torch.Tensor,  # noqa: N803
-    G: torch.Tensor,  # noqa: N803
+    own: torch.Tensor,
+    lines: tuple[torch.Tensor, torch.Tensor],
+    h: torch.Tensor,
+    G: torch.Tensor | None,  # noqa: N803
     grid: Grid,
     block: slice,
 ) -> None:
-    """One pass over some columns: `codes` and `values` [out, in] change, `gradient` not."""
-    out, size = len(values), G.shape[1]
+    """One pass over the columns of `block`: of `codes` and `values` [out, in] these change, and what is left
+    of the gradient is in `own` [out, columns]."""
+    out = len(values)
+    step, origin = lines
     if span := code_range(grid, values):
-        tensors = (codes, values, gradient[:, block], divisible(step), origin, H[block, block], G)
-        arrays = [tensor.contiguous().numpy() for tensor in tensors]
-        from qexport.solvers.descent_kernels import descend as work  # compiled, so numba is there
+        from qexport.solvers import descent_kernels  # numba is there
 
-        over_rows(len(G), lambda begin, end: work(*arrays, *span, block.start, begin, end))
+        compiled: Any = descent_kernels
+
+        tensors = (codes, values, own, divisible(step), origin, h)
+        arrays = [tensor.contiguous().numpy() for tensor in tensors]
+        if G is None:
+            over_rows(out, lambda begin, end: compiled.descend_alone(*arrays, *span, block.start, begin, end))
+            return
+        outputs = G.contiguous().numpy()
+        over_rows(
+            len(G), lambda begin, end: compiled.descend(*arrays, outputs, *span, block.start, begin, end)
+        )
         return
-    own = gradient[:, block].clone()
-    h = H[block, block]
+    if G is None:
+        G = torch.ones(out, 1, 1, device=values.device)  # noqa: N806
+    size = G.shape[1]
     diagonal = h.diagonal()
     for at in range(own.shape[1]):
         column = block.start + at
@@ -142,7 +160,7 @@ def _descend(
             rows = slice(place, None, size)
             pivot = (G[: len(own[rows]), place, place] * diagonal[at]).clamp(min=1e-30)
             best = values[rows, column] - own[rows, at] / pivot
-            found, nearest = grid.round(best, step[rows, column], origin[rows, column])
+            found, nearest = grid.round(best, step[rows, at], origin[rows, at])
             live = G[: len(found), place, place] > 0
             change = torch.where(live, nearest - values[rows, column], 0)
             codes[rows, column] = torch.where(live, found.float(), codes[rows, column])
@@ -168,40 +186,68 @@ def _better_scales(
     out, inputs = W.shape
     width = grid.group_width(inputs)
     values = _values(chosen, grid)
-    groups = -(-inputs // width)
-    factors = torch.ones(out, groups, device=W.device)
-    rows_at_once = max(_VALUES_AT_ONCE // max(groups * groups, inputs), 1)
-    for begin in range(0, out, rows_at_once):
-        rows = slice(begin, begin + rows_at_once)
-        factors[rows] = _best_factors(W[rows], values[rows], H, width)
-    scaled = replace(chosen, scales=grid.scaled(chosen.scales, factors))
-    gain = _losses(values - W, H) > _losses(_values(scaled, grid) - W, H)
+    factors = torch.ones(out, -(-inputs // width), device=W.device)
+    quick = for_products(H)
+    fits = []
+    for begin in range(0, out, _ROWS):
+        rows = slice(begin, begin + _ROWS)
+        fits.append(_fit_of_factors(W[rows], values[rows], quick, width))
+        factors[rows] = _best_factors(*fits[-1])
+    # they are stored rounded: it is those that have to be better
+    scaled = grid.scaled(chosen.scales, factors)
+    stored = _ratios(_values(replace(chosen, scales=scaled), grid), values, width)
+    gains = []
+    for (A, pull), part in zip(fits, torch.split(stored, _ROWS), strict=True):  # noqa: N806
+        change = (part - 1)[:, :, None]
+        gains.append((2 * pull[:, :, None] * change - (A @ change) * change).sum(dim=(1, 2)) > 0)
+    gain = torch.cat(gains)
     kept = grid.scaled(chosen.scales, torch.where(gain[:, None], factors, 1.0))
     return replace(chosen, scales=kept)
 
 
-def _best_factors(W: torch.Tensor, V: torch.Tensor, H: torch.Tensor, width: int) -> torch.Tensor:  # noqa: N803
-    """f [rows, groups] that minimise (w - f o v)^T H (w - f o v) in each row."""
-    rows, inputs = V.shape
+def _fit_of_factors(
+    W: torch.Tensor,  # noqa: N803
+    V: torch.Tensor,  # noqa: N803
+    H: torch.Tensor,  # noqa: N803
+    width: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What (w - f o v)^T H (w - f o v) of each row is in f [groups], around 1: with c = f - 1 it changes by
+    c^T A c - 2 p^T c. A [rows, groups, groups] and p [rows, groups]."""
+    inputs = V.shape[1]
     groups = -(-inputs // width)
-    sums = torch.arange(inputs, device=V.device) // width
-    A = torch.empty(rows, groups, groups, device=V.device)  # noqa: N806
+    A = torch.empty(len(V), groups, groups, device=V.device)  # noqa: N806
+    quick = V.to(H.dtype)
+    across = max(_COLUMNS // width, 1)
     for group in range(groups):
         part = slice(group * width, (group + 1) * width)
-        product = (V[:, part] @ H[part]).mul_(V)
-        A[:, group] = torch.zeros(rows, groups, device=V.device).index_add_(1, sums, product)
-    pull = (W @ H).mul_(V)
-    b = torch.zeros(rows, groups, device=V.device).index_add_(1, sums, pull)
+        for first in range(0, group + 1, across):  # the other half mirrors this
+            last = min(first + across, group + 1)
+            columns = slice(first * width, min(last * width, inputs))
+            product = multiply(quick[:, part], H[part, columns]).mul_(V[:, columns])
+            A[:, group, first:last] = _group_sums(product, width)
+            A[:, first:last, group] = A[:, group, first:last]
+    return A, _group_sums(multiply(W - V, H).mul_(V), width)
+
+
+def _best_factors(A: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:  # noqa: N803
+    """f [rows, groups] that minimise that."""
     ridge = A.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True).mul(_RIDGE).clamp(min=1e-30)
-    A.diagonal(dim1=1, dim2=2).add_(ridge)
-    factors, failed = torch.linalg.solve_ex(A, b + ridge)
-    fine = factors.isfinite() & (failed == 0)[:, None]
-    return torch.where(fine, factors, 1.0).clamp_(1 / _FARTHEST, _FARTHEST)
+    A = A + ridge.expand_as(pull).diag_embed()  # noqa: N806
+    change, failed = torch.linalg.solve_ex(A, pull)
+    fine = change.isfinite() & (failed == 0)[:, None]
+    return torch.where(fine, 1 + change, 1.0).clamp_(1 / _FARTHEST, _FARTHEST)
 
 
-def _losses(D: torch.Tensor, H: torch.Tensor) -> torch.Tensor:  # noqa: N803
-    """d^T H d of every row."""
-    return (D @ H).mul_(D).sum(dim=1)
+def _ratios(scaled: torch.Tensor, values: torch.Tensor, width: int) -> torch.Tensor:
+    """By how much each group's values have been scaled: [out, in] both -> [out, groups]."""
+    square = _group_sums(values.square(), width)
+    return torch.where(square > 0, _group_sums(scaled.mul(values), width) / square, 1.0)
+
+
+def _group_sums(values: torch.Tensor, width: int) -> torch.Tensor:
+    """[rows, in] -> [rows, groups]."""
+    padded = torch.nn.functional.pad(values, (0, -values.shape[1] % width))
+    return padded.view(len(values), -1, width).sum(dim=2)
 
 
 def damped(hessian: torch.Tensor, damp: float) -> torch.Tensor:
