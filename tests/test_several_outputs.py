@@ -11,7 +11,7 @@ import qexport
 from qexport.checkpoint.hashing import file_hash
 from qexport.errors import StorageError
 from qexport.events import Event, Started
-from qexport.quantization import together
+from qexport.quantization import data_free, together
 from qexport.quantization.quantize import quantize_several
 from qexport.specs import spec_of
 from tests.conftest import RunCli
@@ -78,7 +78,7 @@ def test_all_of_a_pass_or_none(
     """A pass that fails midway leaves no output, and nothing hidden beside it either."""
     options = {"calibration": str(text), "samples": 8, "sequence_length": 32}
     specs = {tmp_path / "out" / str(bits): spec_of("gptq", bits=bits, **options) for bits in (4, 3)}
-    real = together.quantize_alone
+    real = data_free.quantize_alone
     calls: list[int] = []
 
     def full(*args: object) -> object:
