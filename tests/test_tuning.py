@@ -38,16 +38,16 @@ class Case:
     block: nn.Module
     solved: dict[str, tuple[Layer, Any, IntegerGrid]]
     full: Activations
+    wanted: Activations
 
     def tuned(self, cost: Cost, free: set[str], now: Activations | None = None) -> Tuned:
         return tune_block(
             self.stream,
             0,
-            self.original,
             self.block,
             solved=self.solved,
             free=free,
-            full=self.full,
+            wanted=self.wanted,
             now=now or self.full,
             cost=cost,
             keep=lambda inner, value: value.half(),
@@ -58,9 +58,10 @@ class Case:
 def rounded(path: Path, directory: Path) -> Iterator[Case]:
     """The first block of a model, and a copy of it whose layers are rounded to 2 bits."""
     stream = BlockStream(build_skeleton(path), open_checkpoint(path))
-    with Activations(1 << 30, directory) as full:
+    with Activations(1 << 30, directory) as full, Activations(1 << 30, directory) as wanted:
         full.extend(stream.embeddings(list(torch.split(tokens(rows=2 * BATCHES, length=16), 2))))
         with stream.block(0) as original:
+            wanted.extend(stream.run(0, batch) for batch in full)
             block = copy.deepcopy(original)
             solved = {}
             for group in stream.groups(0):
@@ -69,7 +70,7 @@ def rounded(path: Path, directory: Path) -> Iterator[Case]:
                     codes = encode(GRID, weight, GRID.fit(weight))
                     set_weight(block, layer, GRID.decode(codes))
                     solved[layer.inner] = layer, codes, GRID
-            yield Case(stream, original, block, solved, full)
+            yield Case(stream, original, block, solved, full, wanted)
 
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
@@ -178,8 +179,8 @@ def test_the_files_hold_the_blocks_as_they_were_tuned(
     blocks: list[dict[str, torch.Tensor]] = []
     results: list[Tuned] = []
 
-    def kept(stream: BlockStream, index: int, original: nn.Module, block: nn.Module, **options: Any) -> Tuned:
-        tuned = tune_block(stream, index, original, block, **options)
+    def kept(stream: BlockStream, index: int, block: nn.Module, **options: Any) -> Tuned:
+        tuned = tune_block(stream, index, block, **options)
         blocks.append(state(block))
         results.append(tuned)
         return tuned

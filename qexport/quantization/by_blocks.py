@@ -44,6 +44,7 @@ from qexport.specs import GptqSpec
 _BATCH_TOKENS = 2048  # tokens that go through a block at once
 _LOGITS = 1 << 27  # values of a batch's: half a gigabyte each time they are copied
 _ROUNDED = 5  # bits up to which what a weight loses by being rounded to bf16 is nothing beside its own error
+_STORES_A_BLOCK = 4  # of a dense block's layers, by their inputs
 _TOKENS_AN_INPUT = 10  # from which on a Hessian's directions are all seen several times
 
 Group = tuple[Layer, ...]
@@ -124,6 +125,17 @@ class _Inputs:
     scales: torch.Tensor | None = None  # that the inputs have been divided by since
 
 
+@dataclass
+class _FullBlock:
+    """The full model at one block: hidden states `before` and `after` it (the same store where none looks at
+    both), statistics of its layers' inputs and, batch by batch, those inputs themselves."""
+
+    before: Activations
+    after: Activations
+    seen: dict[str, InputStatistics] = field(default_factory=dict)
+    inputs: dict[str, Activations] = field(default_factory=dict)
+
+
 def stages(groups: Sequence[Group]) -> list[list[Group]]:
     """Groups of a block whose inputs are collected in one run: those that run side by side."""
     # the experts of a block are one place
@@ -171,34 +183,48 @@ class BlockQuantizer:
         stream = BlockStream(plan.skeleton, plan.checkpoint, rounded=rounded)
         batches = self.batches
         following = [lane for lane in lanes if lane.plan.method.follows]
-        share = self.memory // (len(following) + 1)
+        # the full model's before a block and, if it is followed, after it and within it; and the lanes' own
+        share = self.memory // (len(following) + (3 if following else 1))
         with ExitStack() as stack:
             curvatures = None
             if any(lane.plan.method.weighs_outputs for lane in lanes):
                 curvatures = stack.enter_context(OutputCurvatures(self.directory))
                 curvatures.gather(stream, batches, memory=self.memory, on_event=self.on_event)
-            full = stack.enter_context(Activations(share, self.directory))
-            full.extend(stream.embeddings(batches))
+            before = stack.enter_context(Activations(share, self.directory))
+            before.extend(stream.embeddings(batches))
+            after = stack.enter_context(Activations(share, self.directory)) if following else before
             for index in range(len(stream)):
-                with stream.block(index) as block:
-                    shared = self._shared(lanes, stream, index, full, propagate=not following)
+                with stream.block(index) as block, ExitStack() as within:
+                    full = _FullBlock(before, after)
+                    for inner in self._compared(following, stream, index):
+                        store = Activations(share // _STORES_A_BLOCK, self.directory)
+                        full.inputs[inner] = within.enter_context(store)
+                    self._run_full(lanes, stream, index, full)
                     for lane in lanes:
-                        one = _OneBlock(self, lane, stream, index, block, full, shared, curvatures)
+                        one = _OneBlock(self, lane, stream, index, block, full, curvatures)
                         one.solve()
                         if lane.plan.method.follows:
                             if lane.hidden is None:
                                 lane.hidden = stack.enter_context(Activations(share, self.directory))
                             one.propagate(lane.hidden)
                         del one
-                    del shared
-                    if following:
-                        for number, batch in enumerate(full):  # one set of activations, not two
-                            full[number] = stream.run(index, batch)
+                before, after = after, before
 
-    def _shared(
-        self, lanes: Sequence[Lane], stream: BlockStream, index: int, full: Activations, *, propagate: bool
-    ) -> dict[str, InputStatistics]:
-        """Statistics of the full model's inputs, as far as any lane wants them; `full` goes on if asked."""
+    @staticmethod
+    def _compared(following: Sequence[Lane], stream: BlockStream, index: int) -> list[str]:
+        """The layers whose inputs following lanes compare with the full model's: the first of each group.
+
+        Before the first block's first layers nothing differs; which tokens an expert sees may.
+        """
+        found: dict[str, None] = {}
+        for lane in following:
+            groups = [chosen for group in stream.groups(index) if (chosen := lane.chosen(group))]
+            places = stages(groups)[1 if index == 0 else 0 :]
+            found |= {group[0].inner: None for stage in places for group in stage}
+        return [inner for inner in found if not is_expert(inner)]
+
+    def _run_full(self, lanes: Sequence[Lane], stream: BlockStream, index: int, full: _FullBlock) -> None:
+        """Takes the full model's hidden states through a block, once for all that lanes want to see of it."""
         wanted: dict[str, None] = {}
         for lane in lanes:
             method = lane.plan.method
@@ -209,15 +235,19 @@ class BlockQuantizer:
                 wanted |= {
                     first.inner: None for _, pairs in self.folds(stream, index, lane) for _, first in pairs
                 }
-        found: dict[str, InputStatistics] = {}
-        if not wanted and not propagate:
-            return found
-        for number, batch in enumerate(full):
-            out = stream.inputs(index, batch, list(wanted), _adding(found), stop=not propagate)
-            if propagate:
-                assert out is not None  # noqa: S101 - it ran to the end
-                full[number] = out
-        return found
+        add = _adding(full.seen)
+
+        def see(inner: str, x: torch.Tensor) -> None:
+            if inner in wanted:
+                add(inner, x)
+            if inner in full.inputs:
+                full.inputs[inner].append(x)
+
+        looked_at = list(wanted | dict.fromkeys(full.inputs))
+        for number in range(len(full.before)):
+            out = stream.inputs(index, full.before[number], looked_at, see, stop=False)
+            assert out is not None  # noqa: S101 - it ran to the end
+            _put(full.after, number, out)
 
     def folds(
         self, stream: BlockStream, index: int, lane: Lane
@@ -292,12 +322,11 @@ class _OneBlock:
         stream: BlockStream,
         index: int,
         block: nn.Module,
-        full: Activations,
-        shared: Mapping[str, InputStatistics],
+        full: _FullBlock,
         curvatures: OutputCurvatures | None,
     ) -> None:
         self._owner, self._lane, self._stream, self._index = owner, lane, stream, index
-        self._original, self._full, self._shared = block, full, shared
+        self._full = full
         self._block = copy.deepcopy(block)
         self._method = lane.plan.method
         self._curvature = None
@@ -309,7 +338,7 @@ class _OneBlock:
     @property
     def _now(self) -> Activations:
         """The lane's own hidden states before the block."""
-        return self._lane.hidden or self._full
+        return self._full.before if self._lane.hidden is None else self._lane.hidden
 
     def solve(self) -> None:
         """Chooses all codes of the block, and writes them and what had to change for them."""
@@ -318,13 +347,13 @@ class _OneBlock:
         ]
         moved = self._scale() if self._method.scaling else set()
         if self._method.follows:
-            for number, stage in enumerate(stages(groups)):
-                for group, inputs in zip(stage, self._following(stage, number), strict=True):
+            for stage in stages(groups):
+                for group, inputs in zip(stage, self._following(stage), strict=True):
                     self._solve_group(group, inputs)
         else:
             for group in groups:
                 inner = group[0].inner
-                self._solve_group(group, _Inputs(self._shared.get(inner), None, self._divided.get(inner)))
+                self._solve_group(group, _Inputs(self._full.seen.get(inner), None, self._divided.get(inner)))
         if self._curvature:
             moved |= self._tune()
         for layer, codes in self._solved.values():
@@ -334,34 +363,26 @@ class _OneBlock:
 
     def propagate(self, hidden: Activations) -> None:
         """Takes the lane's hidden states through the block as it became."""
-        started = len(hidden) > 0
-        for number, batch in enumerate(self._now if started else self._full):
-            out = self._stream.run(self._index, batch, self._block)
-            if started:
-                hidden[number] = out
-            else:
-                hidden.append(out)
+        before = hidden if len(hidden) else self._full.before
+        for number in range(len(before)):
+            _put(hidden, number, self._stream.run(self._index, before[number], self._block))
 
-    def _following(self, stage: Sequence[Group], number: int) -> list[_Inputs]:
+    def _following(self, stage: Sequence[Group]) -> list[_Inputs]:
         """What the layers of a stage see now, and how that differs from what the full model sees."""
         seen: dict[str, InputStatistics] = {}
         crosses: dict[str, CrossMoment] = {}
         wanted = [group[0].inner for group in stage]
-        # before the first layer nothing differs; which tokens an expert sees may
-        compared = [] if self._index == 0 and number == 0 else [n for n in wanted if not is_expert(n)]
-        for batch, now in zip(self._full, self._now, strict=True):
-            full: dict[str, torch.Tensor] = {}
-            if compared:
-                self._stream.inputs(self._index, batch, compared, full.__setitem__)
+        add = _adding(seen)
+        for number in range(len(self._now)):
 
-            def see(inner: str, x: torch.Tensor, full: dict[str, torch.Tensor] = full) -> None:
-                _adding(seen)(inner, x)
-                if inner in full:
-                    divided, then = self._divided.get(inner), full.pop(inner)
+            def see(inner: str, x: torch.Tensor, number: int = number) -> None:
+                add(inner, x)
+                if inner in self._full.inputs:
+                    divided, then = self._divided.get(inner), self._full.inputs[inner][number]
                     cross = crosses.setdefault(inner, CrossMoment(x.shape[-1]))
                     cross.add(then if divided is None else then / divided, x)
 
-            self._stream.inputs(self._index, now, wanted, see, block=self._block)
+            self._stream.inputs(self._index, self._now[number], wanted, see, block=self._block)
         return [_Inputs(seen.pop(inner, None), crosses.pop(inner, None)) for inner in wanted]
 
     def _solve_group(self, group: Group, inputs: _Inputs) -> None:
@@ -406,9 +427,8 @@ class _OneBlock:
         assert spec is not None  # noqa: S101 - the caller asked
         changed: set[str] = set()
         for fold, pairs in self._owner.folds(self._stream, self._index, self._lane):
-            seen = [
-                (layer, self._shared[first.inner]) for layer, first in pairs if first.inner in self._shared
-            ]
+            shared = self._full.seen
+            seen = [(layer, shared[first.inner]) for layer, first in pairs if first.inner in shared]
             if not seen:
                 continue
             means = {id(found): found.mean(layer.name) for layer, found in seen}  # once for all that share it
@@ -438,13 +458,12 @@ class _OneBlock:
             tuned = tune_block(
                 self._stream,
                 self._index,
-                self._original,
                 self._block,
                 solved={
                     inner: (layer, codes, grids[inner]) for inner, (layer, codes) in self._solved.items()
                 },
                 free=free,
-                full=self._full,
+                wanted=self._full.after,
                 now=self._now,
                 cost=cost,
                 keep=lambda inner, value: value.to(self._lane.plan.checkpoint.info(names[inner]).dtype),
@@ -484,6 +503,14 @@ class _OneBlock:
             if name not in self._lane.plan.weights:
                 value = self._block.get_parameter(inner).data
                 yield inner, name, value.to(self._lane.plan.checkpoint.info(name).dtype)
+
+
+def _put(hidden: Activations, number: int, batch: torch.Tensor) -> None:
+    """A batch in its place, the first time after those before it."""
+    if number < len(hidden):
+        hidden[number] = batch
+    else:
+        hidden.append(batch)
 
 
 def _adding(found: dict[str, InputStatistics]) -> Any:

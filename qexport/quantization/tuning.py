@@ -64,22 +64,21 @@ class Tuned:
 def tune_block(
     stream: BlockStream,
     index: int,
-    original: nn.Module,
     block: nn.Module,
     *,
     solved: Mapping[str, tuple[Layer, Any, Grid]],
     free: Collection[str],
-    full: Activations,
+    wanted: Activations,
     now: Activations,
     cost: Cost,
     keep: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> Tuned:
-    """Tunes `block`, whose `solved` layers have codes, against `original` on `full` hidden states.
+    """Tunes `block`, whose `solved` layers have codes, to put out the `wanted` hidden states.
 
-    `now` are the hidden states that `block` gets, and `cost` tells what it costs to put out others. `free`
+    `now` are those that `block` gets, and `cost` tells what it costs to put out others. `free`
     are inner names of tensors that are stored as they are, of which those of one dimension are tuned, and
     rounded by `keep`. The block is left as tuned where batches that were held out gain by it, and otherwise
-    as it was. `original` is not changed.
+    as it was.
     """
     tuner = _Tuner(block, solved, free)
     numbers = list(range(len(now)))
@@ -89,8 +88,7 @@ def tune_block(
     generator = torch.Generator().manual_seed(0)
 
     def loss(number: int) -> torch.Tensor:
-        wanted = stream.run(index, full[number], original)
-        return cost(number, stream.forward(index, now[number], tuner.run), wanted)
+        return cost(number, stream.forward(index, now[number], tuner.run), wanted[number])
 
     def held_out() -> float:
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """The way to the compiled loops: which grids they know, and rows shared out to threads.
 
-numba comes with an extra; without it, and for other grids and devices, solvers do the same in torch.
+For other grids and devices, and where numba has no wheel, solvers do the same in torch.
 """
 
 from __future__ import annotations
