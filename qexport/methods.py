@@ -28,7 +28,8 @@ from qexport.formats.format import Format, Wish
 from qexport.grids.grid import Grid, SelfFitting, encode
 from qexport.solvers.awq import search_clip
 from qexport.solvers.evenly import code_range
-from qexport.solvers.gptq import Curvature, curvature, gptq_codes, toward_full_outputs
+from qexport.solvers.gptq import Curvature, curvature, toward_full_outputs
+from qexport.solvers.gptq import gptq as error_feedback
 from qexport.solvers.hqq import half_quadratic
 from qexport.solvers.refine import damped, refine
 from qexport.solvers.rtn import round_to_nearest
@@ -138,7 +139,7 @@ class Solving:
             scales = grid.fit(weight, shrink)
         if not isinstance(spec, GptqSpec) or not prepared.curvature:
             return encode(grid, weight, grid.fit(weight) if scales is None else scales)
-        chosen = gptq_codes(
+        chosen = error_feedback(
             weight,
             prepared.curvature,
             grid,

@@ -24,7 +24,7 @@ from qexport.modeling.blocks import BlockStream
 from qexport.modeling.skeleton import build_skeleton
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.modeling.whole import load_whole
-from qexport.quantization.by_blocks import stages
+from qexport.quantization.blockwise.lanes import stages
 from qexport.specs import SOLVERS, AnyQuantizeSpec, CalibrationSpec, spec_of
 from tests.conftest import RunCli
 from tests.tiny import calibration_windows, edit_weights, logits, tiny_model, tokens

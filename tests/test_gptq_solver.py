@@ -13,8 +13,9 @@ from qexport.grids.grid import Grid
 from qexport.grids.int8_rows import Int8RowGrid
 from qexport.grids.integer import IntegerGrid, Zero
 from qexport.solvers import evenly
+from qexport.solvers import gptq as solver
 from qexport.solvers.cholesky import damped_factor, lower_factor
-from qexport.solvers.gptq import ActOrder, curvature, gptq
+from qexport.solvers.gptq import ActOrder, Curvature, curvature
 from qexport.solvers.rtn import round_to_nearest
 from qexport.solvers.search import search_scales
 
@@ -28,6 +29,11 @@ GRIDS: list[Grid] = [
     Int8RowGrid(),
     Int8RowGrid(bottom=-128, unit=1, dtype=torch.float16),
 ]
+
+
+def gptq(weight: torch.Tensor, prepared: Curvature, grid: Grid, **options: Any) -> Any:
+    """As the grid decodes them."""
+    return solver.gptq(weight, prepared, grid, **options).assembled(grid)
 
 
 def problem(out: int, inputs: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

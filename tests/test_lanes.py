@@ -13,7 +13,8 @@ from qexport.events import ignore
 from qexport.formats.opening import open_checkpoint
 from qexport.modeling.calibration import calibration_data
 from qexport.modeling.skeleton import build_skeleton
-from qexport.quantization.by_blocks import BlockQuantizer, Lane
+from qexport.quantization.blockwise.by_blocks import BlockQuantizer
+from qexport.quantization.blockwise.lanes import Lane
 from qexport.quantization.plan import plan_quantization
 from qexport.results import TensorError
 from qexport.specs import AnyQuantizeSpec, spec_of

@@ -12,7 +12,7 @@ from qexport.events import ignore
 from qexport.formats.opening import open_checkpoint
 from qexport.modeling.blocks import BlockStream
 from qexport.modeling.skeleton import build_skeleton
-from qexport.quantization.output_curvature import SIZE, OutputCurvatures
+from qexport.quantization.blockwise.output_curvature import SIZE, OutputCurvatures
 from tests.tiny import in_transformers, tiny_model, tokens
 
 WIDE = 192  # outputs of the larger layers: one block of them in full, and one in part
@@ -101,7 +101,7 @@ def test_a_long_text_is_looked_at_here_and_there(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of more tokens than are enough, batches are left out evenly: the others are all that counts."""
-    monkeypatch.setattr("qexport.quantization.output_curvature._TOKENS", 4 * 32)
+    monkeypatch.setattr("qexport.quantization.blockwise.output_curvature._TOKENS", 4 * 32)
     stream = BlockStream(build_skeleton(model), open_checkpoint(model))
     batches = list(torch.split(tokens(rows=12, length=32), 1))
     found = []

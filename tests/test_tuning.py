@@ -20,8 +20,8 @@ from qexport.grids.integer import IntegerGrid
 from qexport.modeling.activations import Activations
 from qexport.modeling.blocks import BlockStream, Layer, set_weight, weight_of
 from qexport.modeling.skeleton import build_skeleton
-from qexport.quantization import by_blocks
-from qexport.quantization.tuning import Cost, Tuned, tune_block, weighed_error
+from qexport.quantization.blockwise import one_block
+from qexport.quantization.blockwise.tuning import Cost, Tuned, tune_block, weighed_error
 from qexport.specs import spec_of
 from tests.tiny import tiny_model, tokens
 from tests.zoo import zoo_model
@@ -185,7 +185,7 @@ def test_the_files_hold_the_blocks_as_they_were_tuned(
         results.append(tuned)
         return tuned
 
-    monkeypatch.setattr(by_blocks, "tune_block", kept)
+    monkeypatch.setattr(one_block, "tune_block", kept)
     options = {"calibration": str(text), "samples": 16, "sequence_length": 32, "bits": 2, "group_size": 32}
     qexport.quantize(model, tmp_path / "out", spec_of("gptq", effort="best", **options))
     assert len(blocks) == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -79,3 +79,14 @@ def mean_abs(seen: Iterable[InputStatistics]) -> torch.Tensor:
     parts = list(seen)
     total = torch.stack([part.abs_sum for part in parts]).sum(dim=0)
     return (total / max(sum(part.count for part in parts), 1)).float()
+
+
+def adding(found: dict[str, InputStatistics]) -> Callable[[str, torch.Tensor], None]:
+    """A function of a layer and an input [..., in] of it, that adds the input to the layer's statistics."""
+
+    def add(layer: str, x: torch.Tensor) -> None:
+        if layer not in found:
+            found[layer] = InputStatistics(x.shape[-1])
+        found[layer].add(x)
+
+    return add

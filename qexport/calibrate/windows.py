@@ -78,6 +78,11 @@ def packed(documents: Iterable[Sequence[int]], *, samples: int, length: int, ope
     return Packed(torch.tensor(windows), taken, repeated)
 
 
+def batches(windows: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+    """Windows [n, length] in parts of at most `tokens` tokens, of one window at least."""
+    return list(torch.split(windows, max(tokens // windows.shape[1], 1)))
+
+
 @dataclass(frozen=True)
 class ScoredWindow:
     """Token ids of one window; those from position `first` on are scored. `document` is its number."""

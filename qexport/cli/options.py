@@ -63,31 +63,30 @@ class Names(click.ParamType[tuple[str, ...]]):
     ) -> tuple[str, ...]:
         if isinstance(value, tuple):
             return value
-        names = [name.strip() for name in str(value).split(",")]
+        names = tuple(dict.fromkeys(name.strip() for name in str(value).split(",")))
         for name in names:
-            if name not in self._known:
-                self.fail(f"{name!r} is not one of {', '.join(map(repr, self._known))}.", param, ctx)
-        return tuple(dict.fromkeys(names))
+            try:
+                self.check(name)
+            except ValueError as error:
+                self.fail(str(error), param, ctx)
+        return names
+
+    def check(self, name: str) -> None:
+        """Raises ValueError for what is no such name."""
+        if name not in self._known:
+            raise ValueError(f"{name!r} is not one of {', '.join(map(repr, self._known))}.")
 
 
-class _BitsType(click.ParamType[str]):
-    """One or several of some widths, or of averages of them, as text with commas."""
+class _Widths(Names):
+    """Widths, or averages of them, as the user wrote them."""
 
     name = "bits"
 
     def __init__(self, widths: Iterable[int]) -> None:
-        self._widths = "|".join(map(str, sorted(widths)))
+        super().__init__([*map(str, sorted(widths)), "3.5"])
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{self._widths}|3.5],..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        for text in str(value).split(","):
-            try:
-                parse_bits(text.strip())
-            except ValueError as error:
-                self.fail(str(error), param, ctx)
-        return str(value)
+    def check(self, name: str) -> None:
+        parse_bits(name)
 
 
 def _label(spec: type[BaseModel]) -> str:
@@ -121,7 +120,7 @@ def _default(name: str, field: FieldInfo) -> str:
 def _click_type(field: FieldInfo, specs: Sequence[type[BaseModel]]) -> Any:
     """Numbers are parsed here; sizes and shares are text that the spec itself parses."""
     if specs:
-        return _BitsType({w for s in specs for w in typing.get_args(s.model_fields["bits"].annotation)})
+        return _Widths({w for s in specs for w in typing.get_args(s.model_fields["bits"].annotation)})
     kinds = [kind for kind in _kinds(field.annotation) if kind is not type(None)]
     if typing.get_origin(kinds[0]) is typing.Literal:
         return click.Choice(typing.get_args(kinds[0]))

@@ -79,14 +79,15 @@ def quantize(
     """
     out = Output(as_json, quiet)
     options = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
-    bits = [text.strip() for text in (given.get("bits") or "").split(",") if text.strip()]
+    bits: tuple[str, ...] = given.pop("bits") or ()
     if len(methods) > 1 or len(solvers or ()) > 1 or len(bits) > 1:
         if plan_only:
             raise SpecError("--plan-only with several outputs", expected="one method with one --bits")
         _several(model, output, methods, bits, solvers or (), given, out, adapters=adapters, **options)
         return
     solver = solvers[0] if solvers else None
-    values = with_preset({"method": methods[0], "solver": solver, **_given(given)})
+    width = {"bits": parse_bits(bits[0])} if bits else {}
+    values = with_preset({"method": methods[0], "solver": solver, **_given(given), **width})
     spec = make_spec(SOLVERS[values["solver"]], values, f"solver {values['solver']}")
     if plan_only:
         _plan_alone(model, output, spec, out, adapters=adapters, **options)
@@ -121,7 +122,7 @@ def _several(
     from qexport.quantization.quantize import quantize_several
 
     types = split_list(given.get("type") or ())
-    others = {name: value for name, value in _given(given).items() if name not in ("bits", "type")}
+    others = {name: value for name, value in _given(given).items() if name != "type"}
     specs = variant_specs(methods, bits, types, solvers, others, out.note)
     outs = {output / name: spec for name, spec in named(specs)}
     with out.listening() as on_event:
@@ -166,11 +167,8 @@ def plan_rows(rows: Sequence[PlanRow]) -> list[tuple[str, ...]]:
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that the user gave, in the spec's types."""
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    if "," not in (text := given.get("bits", ",")):
-        given["bits"] = parse_bits(text)
-    return given
+    """The options that the user gave."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
 
 
 def _summary(result: QuantizeResult) -> str:

@@ -101,7 +101,7 @@ class Activations:
         if batch.shape != kept.shape:
             raise ValueError(f"a batch {list(batch.shape)} in the place of one {list(kept.shape)}")
         kept.dtype, kept.device = batch.dtype, batch.device
-        self._put(kept, batch)
+        self._store(kept, batch)
 
     def append(self, batch: torch.Tensor) -> None:
         """Adds a copy of a batch."""
@@ -110,19 +110,26 @@ class Activations:
         kept = _Kept(batch.shape, batch.dtype, batch.device, size, None, self.on_disk)
         if self.in_memory + size <= self._budget:
             kept.content = torch.empty(size, dtype=torch.uint8)  # for good: what replaces it goes there too
-        self._put(kept, batch)
+        self._store(kept, batch)
         self._kept.append(kept)
         if kept.content is None:
             self.on_disk += size
         else:
             self.in_memory += size
 
+    def put(self, index: int, batch: torch.Tensor) -> None:
+        """Replaces a batch; where there is none yet, adds it."""
+        if index < len(self._kept):
+            self[index] = batch
+        else:
+            self.append(batch)
+
     def extend(self, batches: Iterable[torch.Tensor]) -> None:
         """Adds batches, one at a time."""
         for batch in batches:
             self.append(batch)
 
-    def _put(self, kept: _Kept, batch: torch.Tensor) -> None:
+    def _store(self, kept: _Kept, batch: torch.Tensor) -> None:
         if kept.content is not None:
             _encode(batch, self._dtype, kept.content)
             return

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from qexport.calibrate.importance import InputSquares
+from qexport.calibrate.windows import batches
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.errors import first_of
 from qexport.events import Advanced, Finished, Noted, OnEvent, Started, ignore
@@ -90,12 +91,11 @@ def gather_importance(
     """
     wanted = {source for sources in tensors.values() for source in sources}
     stream = BlockStream(skeleton, checkpoint)
-    windows = data.windows
-    batches = list(torch.split(windows, max(_BATCH_TOKENS // windows.shape[1], 1)))
+    tokens = batches(data.windows, _BATCH_TOKENS)
     places = skeleton.bound(checkpoint).places
     squares: dict[LayerInput, tuple[torch.Tensor | None, int]] = {}
     on_event(Started("importance", len(stream), "blocks"))
-    hidden.extend(stream.embeddings(batches))
+    hidden.extend(stream.embeddings(tokens))
     for index in range(len(stream)):
         prefix = f"{stream.architecture.blocks}.{index}"
         sums = _Sums()
@@ -116,7 +116,7 @@ def gather_importance(
         on_event(Advanced(1, stream.block_name(index)))
     head: LayerInput = (skeleton.head_weight, None)
     if head in wanted:
-        squares[head] = _head_squares(stream, skeleton, batches, hidden)
+        squares[head] = _head_squares(stream, skeleton, tokens, hidden)
     on_event(Finished())
     entries = {name: found for name, sources in tensors.items() if (found := _entry(sources, squares))}
     # where the user's texts lie is nobody else's business
@@ -133,7 +133,7 @@ def gather_importance(
 
 
 def _head_squares(
-    stream: BlockStream, skeleton: Skeleton, batches: list[torch.Tensor], hidden: Activations
+    stream: BlockStream, skeleton: Skeleton, tokens: list[torch.Tensor], hidden: Activations
 ) -> tuple[torch.Tensor, int]:
     sums: list[InputSquares] = []
 
@@ -144,7 +144,7 @@ def _head_squares(
 
     handle = skeleton.model.get_submodule(skeleton.head_name).register_forward_pre_hook(see)
     try:
-        for _ in stream.logits(batches, hidden):
+        for _ in stream.logits(tokens, hidden):
             pass
     finally:
         handle.remove()

@@ -19,7 +19,8 @@ from qexport.modeling.calibration import CalibrationData, calibration_data, chec
 from qexport.modeling.skeleton import Skeleton
 from qexport.quantization.allotment.make import Planned
 from qexport.quantization.allotment.plan_file import PLAN_FILE
-from qexport.quantization.by_blocks import BlockQuantizer, Lane
+from qexport.quantization.blockwise.by_blocks import BlockQuantizer
+from qexport.quantization.blockwise.lanes import Lane
 from qexport.quantization.data_free import quantize_alone
 from qexport.quantization.plan import Plan, plan_quantization
 from qexport.quantization.source import Source

@@ -119,22 +119,6 @@ def gptq(
     static_groups: bool = False,
     scales: Any = None,
     searched: bool = False,
-) -> Any:
-    """As `gptq_codes`, assembled: what the grid decodes."""
-    found = gptq_codes(
-        weight, shape_of_loss, grid, static_groups=static_groups, scales=scales, searched=searched
-    )
-    return found.assembled(grid)
-
-
-def gptq_codes(
-    weight: torch.Tensor,
-    shape_of_loss: Curvature,
-    grid: Grid,
-    *,
-    static_groups: bool = False,
-    scales: Any = None,
-    searched: bool = False,
 ) -> Chosen:
     """Codes on `grid` of `weight` [out, in] that keep its outputs on the calibration inputs. Not changed.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from qexport.calibrate.windows import batches
 from qexport.checkpoint.checkpoint import read_json
 from qexport.checkpoint.staging import check_target_file, write_file_atomically
 from qexport.errors import QexportError, SpecError
@@ -170,15 +171,15 @@ def _nll(
 ) -> float:
     """Mean negative log-likelihood of all tokens but the windows' first, nats."""
     stream = BlockStream(build_skeleton(source.path, trust_remote_code=trust_remote_code), source.checkpoint)
-    batches = torch.split(windows, max(_BATCH_TOKENS // windows.shape[1], 1))
+    parts = batches(windows, _BATCH_TOKENS)
     with Activations(memory, directory, torch.float32) as hidden:
-        hidden.extend(stream.embeddings(batches))
+        hidden.extend(stream.embeddings(parts))
         for index in range(len(stream)):
             with stream.block(index):
                 for number, batch in enumerate(hidden):
                     hidden[number] = stream.run(index, batch)
         total = 0.0
-        for tokens, logits in zip(batches, stream.logits(batches, hidden), strict=True):
+        for tokens, logits in zip(parts, stream.logits(parts, hidden), strict=True):
             chances = logits[:, :-1].float().log_softmax(-1)
             total -= float(chances.gather(-1, tokens[:, 1:, None]).double().sum())
     return total / (windows.shape[0] * (windows.shape[1] - 1))

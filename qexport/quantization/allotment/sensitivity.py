@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qexport.calibrate.hessian import InputStatistics
+from qexport.calibrate.hessian import InputStatistics, adding
+from qexport.calibrate.windows import batches
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.errors import NonFiniteError
 from qexport.events import OnEvent
@@ -83,16 +84,15 @@ def measure_losses(
     cut = len(windows)
     if method.calibrated and cut > 1:
         cut = -(-cut // _GRADED)
-    graded, others = (
-        torch.split(part, max(BATCH_TOKENS // windows.shape[1], 1)) for part in (windows[:cut], windows[cut:])
-    )
-    watcher = _Watcher(stream, method, grids, windows[:cut].numel(), len(graded) if len(windows) > cut else 0)
+    graded = batches(windows[:cut], BATCH_TOKENS)
+    others = batches(windows[cut:], BATCH_TOKENS) if len(windows) > cut else []
+    watcher = _Watcher(stream, method, grids, windows[:cut].numel(), len(graded) if others else 0)
     backward(
         stream,
         graded,
         sampled_likelihood(seed),
         watcher,
-        forward_only=others if len(windows) > cut else (),
+        forward_only=others,
         memory=memory,
         directory=directory,
         on_event=on_event,
@@ -141,14 +141,8 @@ class _Watcher:
     ) -> dict[str, InputStatistics]:
         first = [group[0] for group in groups]
         seen: dict[str, InputStatistics] = {}
-
-        def see(inner: str, x: torch.Tensor) -> None:
-            if inner not in seen:
-                seen[inner] = InputStatistics(x.shape[-1])
-            seen[inner].add(x)
-
         for number in range(self.first, len(inputs)):
-            self.stream.inputs(index, inputs[number], [layer.inner for layer in first], see)
+            self.stream.inputs(index, inputs[number], [layer.inner for layer in first], adding(seen))
         return seen
 
     def _solver(
@@ -164,7 +158,7 @@ class _Watcher:
         def solve(weight: torch.Tensor, grid: Grid) -> Any:
             if isinstance(grid, SelfFitting) and not grid.has_lines:
                 return search(weight, grid, hessian.diagonal())
-            return gptq(weight, shape_of_loss, grid, static_groups=True, searched=True)
+            return gptq(weight, shape_of_loss, grid, static_groups=True, searched=True).assembled(grid)
 
         return solve
 

@@ -75,7 +75,7 @@ class GgufPlan:
 
 @dataclass(frozen=True)
 class BlockView:
-    """One variant's linear layers by their names on disk; see `by_blocks.BlockPlan`."""
+    """One variant's linear layers by their names on disk; see `lanes.BlockPlan`."""
 
     plan: GgufPlan
     variant: Variant

@@ -30,7 +30,8 @@ from qexport.measure import Measured
 from qexport.modeling.activations import Activations
 from qexport.modeling.calibration import CalibrationData, calibration_data, check_calibration
 from qexport.modeling.skeleton import Skeleton
-from qexport.quantization.by_blocks import BlockQuantizer, Lane
+from qexport.quantization.blockwise.by_blocks import BlockQuantizer
+from qexport.quantization.blockwise.lanes import Lane
 from qexport.quantization.data_free import Write
 from qexport.quantization.gguf.matrix import known_matrix
 from qexport.quantization.gguf.modelfile import licences, modelfiles

@@ -1,0 +1,89 @@
+"""Calibrated methods: the model block by block, read once for all outputs that are wanted of it.
+
+What a layer's codes are fitted to depends on the effort. Those that do not follow take the inputs that the
+full-precision model has there: gathered in one run a block, and shared by all such outputs. Those that follow
+have hidden states of their own, and every layer makes up for what those before it became. Embeddings are the
+exception: where they become codes too, the first block still sees them in full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from qexport.calibrate.windows import batches
+from qexport.events import OnEvent
+from qexport.modeling.activations import Activations
+from qexport.modeling.blocks import BlockStream
+from qexport.modeling.calibration import CalibrationData
+from qexport.quantization.blockwise.full_block import FullBlock
+from qexport.quantization.blockwise.lanes import Lane
+from qexport.quantization.blockwise.one_block import OneBlock
+from qexport.quantization.blockwise.output_curvature import OutputCurvatures
+from qexport.quantization.blockwise.remarks import Remarks
+
+_BATCH_TOKENS = 2048  # tokens that go through a block at once
+_STORES_A_BLOCK = 4  # of a dense block's layers, by their inputs
+
+
+@dataclass
+class BlockQuantizer:
+    """Runs plans of one model over its calibration windows.
+
+    Holds one block and a copy of it, its statistics, and `memory` bytes of hidden states; the rest of these
+    lies in a temporary file in `directory`.
+    """
+
+    lanes: Sequence[Lane]
+    data: CalibrationData
+    memory: int
+    directory: Path
+    on_event: OnEvent
+
+    def run(self) -> None:
+        """Solves every layer of every block for each lane, and writes it.
+
+        Raises NonFiniteError that names the layer whose inputs are not finite.
+        """
+        remarks = Remarks(self.data.tokens, self.on_event)
+        remarks.few_tokens(self.lanes)
+        # what a lane writes does not depend on those that go with it
+        for rounded in (True, False):
+            if lanes := [lane for lane in self.lanes if lane.rounded is rounded]:
+                self._pass(lanes, remarks, rounded=rounded)
+        remarks.tell()
+
+    def _pass(self, lanes: Sequence[Lane], remarks: Remarks, *, rounded: bool) -> None:
+        """Once through the model."""
+        plan = lanes[0].plan
+        stream = BlockStream(plan.skeleton, plan.checkpoint, rounded=rounded)
+        tokens = batches(self.data.windows, _BATCH_TOKENS)
+        following = [lane for lane in lanes if lane.method.follows]
+        # the full model's before a block and, if it is followed, after it and within it; and the lanes' own
+        share = self.memory // (len(following) + (3 if following else 1))
+        with ExitStack() as stack:
+
+            def store(budget: int = share, stack: ExitStack = stack) -> Activations:
+                return stack.enter_context(Activations(budget, self.directory))
+
+            curvatures = None
+            if any(lane.method.weighs_outputs for lane in lanes):
+                curvatures = stack.enter_context(OutputCurvatures(self.directory))
+                curvatures.gather(stream, tokens, memory=self.memory, on_event=self.on_event)
+            before = store()
+            before.extend(stream.embeddings(tokens))
+            after = store() if following else before
+            for lane in following:
+                lane.hidden = store()
+            for index in range(len(stream)):
+                with stream.block(index) as module, ExitStack() as within:
+                    curvature = curvatures.of_block(index) if curvatures else None
+                    full = FullBlock(stream, index, module, before, after, curvature)
+                    for inner in full.compared(lanes):
+                        full.inputs[inner] = store(share // _STORES_A_BLOCK, within)
+                    full.run(lanes)
+                    for lane in lanes:
+                        OneBlock(lane, full, tokens, remarks).solve()
+                before, after = after, before
