@@ -24,7 +24,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,8 @@ class Bench:
         """The row of full precision."""
         return {"model": self.name, "method": "full", **_scores(self.reference.scores)}
 
-    def measure(self, case: Case) -> Row:
-        """Quantizes and scores; a row with `error` where either failed."""
+    def measure(self, case: Case, rows: Sequence[Row]) -> Row:
+        """Quantizes and scores; a row with `error` where either failed. `rows` are those that are there."""
         method = METHODS[case.method]
         group = method.group_size or self.prepared.group_size
         file, ids = calibration(self.name, self.prepared.path, case.seed, self.work)
@@ -99,7 +99,7 @@ class Bench:
             "out": str(out),
             "bits": case.bits,
             "group_size": group,
-            "options": dict(method.options),
+            "options": {**method.options, **_budget(case, rows)},
             "ids": ids,
             "calibration": str(file),
             "seed": case.seed,
@@ -122,6 +122,18 @@ class Bench:
             row |= {"kl": found.divergence.mean, "kl_error": found.divergence.standard_error}
             row["same_top"] = found.divergence.same_top
         return row
+
+
+def _budget(case: Case, rows: Sequence[Row]) -> dict[str, Any]:
+    """The size that is not to be passed, where a method's own is another's."""
+    uniform = METHODS[case.method].size_of
+    if uniform is None:
+        return {}
+    of = replace(case, method=uniform)
+    sizes = [row["size_bytes"] for row in rows if of.is_of(row) and "size_bytes" in row]
+    if not sizes:
+        raise SystemExit(f"{case.method} is to be as large as {uniform}: run that first")
+    return {"target_size": sizes[0]}
 
 
 def _scores(found: Evaluation) -> Row:
@@ -201,7 +213,7 @@ def measure(wanted: Sequence[Case], file: Path, work: Path, *, again: bool) -> N
         bench = Bench(model, work)
         keep(file, bench.full())
         for number, case in enumerate(todo, start=1):
-            row = bench.measure(case)
+            row = bench.measure(case, read_rows(file))
             keep(file, row)
             told = (
                 row.get("error") or f"KL {row['kl']:.5f}, {row['rise']:+.2%}, {row['cpu_seconds']:.1f} CPU s"

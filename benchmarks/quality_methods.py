@@ -14,7 +14,8 @@ class Method:
     """How a model is quantized: by which module of `benchmarks.peers`, with what options.
 
     `calibrated`: the calibration text has an influence, so that a second seed tells something. `group_size`
-    differs from the model's where the tool has no other.
+    differs from the model's where the tool has no other. `size_of` names a method of a row above: bits are
+    allotted so that the output is not larger than that one's at the same width.
     """
 
     label: str
@@ -23,6 +24,7 @@ class Method:
     bits: tuple[int, ...] = ALL_BITS
     calibrated: bool = True
     group_size: int | None = None
+    size_of: str | None = None
 
     @property
     def ours(self) -> bool:
@@ -56,6 +58,13 @@ METHODS = {
     "q-gptq-sym": Method("qexport gptq, symmetric", "ours", {"method": "gptq", "symmetric": True}),
     "q-gptq-fast": Method("qexport gptq, fast", "ours", _asymmetric(*_GPTQ, effort="fast")),
     "q-gptq": Method("qexport gptq, balanced", "ours", _asymmetric(*_GPTQ)),
+    "q-allotted": Method(
+        "qexport gptq, balanced, bits allotted under the size of the row above",
+        "ours",
+        _asymmetric(*_GPTQ),
+        (4, 3, 2),
+        size_of="q-gptq",
+    ),
     "q-gptq-best": Method("qexport gptq, best", "ours", _asymmetric(*_GPTQ, effort="best")),
     "q-awq-gptq": Method("qexport awq+gptq, balanced", "ours", _asymmetric(*_GPTQ, solver="awq+gptq")),
     "q-awq-gptq-best": Method(

@@ -157,9 +157,16 @@ def _in_its_environment(tool: str, scratch: Path, layers: int, arguments: argpar
     command += ["--samples", str(arguments.samples), "--length", str(arguments.length)]
     command += ["--limit", str(arguments.limit)]
     threads = str(arguments.threads)
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
+    environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    environment |= {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
     ran = subprocess.run(
-        command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=2 * arguments.limit + 300
+        # GPTQModel leaves its logs where it runs
+        command,
+        cwd=scratch,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=2 * arguments.limit + 300,
     )
     if ran.returncode:
         raise RuntimeError(f"{tool} failed:\n{ran.stderr[-3000:]}")

@@ -82,6 +82,18 @@ def test_the_table_has_means_of_seeds_the_best_in_bold_and_reasons() -> None:
     assert "66.7%" in table[-1]  # (.04 - .02) / .03
 
 
+def test_allotted_bits_are_given_the_uniform_ones_size() -> None:
+    case = Case("m", "q-allotted", 3, 1)
+    rows: list[Row] = [
+        {"model": "m", "method": "q-gptq", "bits": 3, "seed": 0, "size_bytes": 5},
+        {"model": "m", "method": "q-gptq", "bits": 3, "seed": 1, "size_bytes": 7},
+    ]
+    assert quality._budget(case, rows) == {"target_size": 7}
+    assert quality._budget(replace(case, method="q-gptq"), rows) == {}
+    with pytest.raises(SystemExit, match="run that first"):
+        quality._budget(replace(case, bits=2), rows)
+
+
 @pytest.mark.slow
 def test_a_model_is_quantized_by_qexport_and_by_a_peer_and_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,7 +102,7 @@ def test_a_model_is_quantized_by_qexport_and_by_a_peer_and_scored(
     little = replace(EMBEDDED, adapter=None, answers=None, documents=60)
     monkeypatch.setitem(MODELS, "embedded", little)
     bench = quality.Bench("embedded", tmp_path)
-    ours, theirs = (bench.measure(Case("embedded", method, 4, 0)) for method in ("q-gptq", "rtn"))
+    ours, theirs = (bench.measure(Case("embedded", method, 4, 0), []) for method in ("q-gptq", "rtn"))
     assert "error" not in ours
     assert "error" not in theirs
     assert 0 < ours["kl"] < theirs["kl"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from qexport.modeling.activations import Activations
 from qexport.modeling.blocks import BlockStream, Layer, set_weight, weight_of
 from qexport.modeling.skeleton import build_skeleton
 from qexport.quantization.blockwise import one_block
-from qexport.quantization.blockwise.tuning import Cost, Tuned, tune_block, weighed_error
+from qexport.quantization.blockwise.tuning import Cost, Tunable, Tuned, tune_blocks, weighed_error
 from qexport.specs import spec_of
 from tests.tiny import tiny_model, tokens
 from tests.zoo import zoo_model
@@ -41,17 +41,8 @@ class Case:
     wanted: Activations
 
     def tuned(self, cost: Cost, free: set[str], now: Activations | None = None) -> Tuned:
-        return tune_block(
-            self.stream,
-            0,
-            self.block,
-            solved=self.solved,
-            free=free,
-            wanted=self.wanted,
-            now=now or self.full,
-            cost=cost,
-            keep=lambda inner, value: value.half(),
-        )
+        block = Tunable(0, self.block, self.solved, free, lambda inner, value: value.half())
+        return tune_blocks(self.stream, [block], wanted=self.wanted, now=now or self.full, cost=cost)[0]
 
 
 @contextmanager
@@ -175,26 +166,29 @@ def test_the_weighed_error_is_a_quadratic_form_over_what_is_put_out() -> None:
 def test_the_files_hold_the_blocks_as_they_were_tuned(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = MAKERS["llama"](tmp_path / "model")
-    blocks: list[dict[str, torch.Tensor]] = []
-    results: list[Tuned] = []
+    model = tiny_model(tmp_path / "model", hidden_size=64, intermediate_size=128, num_hidden_layers=3)
+    blocks: dict[int, dict[str, torch.Tensor]] = {}  # as they were left
+    changed: dict[int, set[str]] = {}
+    windows: list[list[int]] = []
 
-    def kept(stream: BlockStream, index: int, block: nn.Module, **options: Any) -> Tuned:
-        tuned = tune_block(stream, index, block, **options)
-        blocks.append(state(block))
-        results.append(tuned)
+    def kept(stream: BlockStream, tunable: Sequence[Tunable], **options: Any) -> list[Tuned]:
+        tuned = tune_blocks(stream, tunable, **options)
+        windows.append([block.index for block in tunable])
+        for block, found in zip(tunable, tuned, strict=True):
+            blocks[block.index] = state(block.module)
+            changed.setdefault(block.index, set()).update(found.changed)
         return tuned
 
-    monkeypatch.setattr(one_block, "tune_block", kept)
+    monkeypatch.setattr(one_block, "tune_blocks", kept)
     options = {"calibration": str(text), "samples": 16, "sequence_length": 32, "bits": 2, "group_size": 32}
     qexport.quantize(model, tmp_path / "out", spec_of("gptq", effort="best", **options))
-    assert len(blocks) == 2
-    assert any(tuned.changed for tuned in results)  # else nothing was tested
+    assert windows == [[0], [0, 1], [1, 2]]
+    assert any(changed.values())  # else nothing was tested
     before, after = (qexport.open_checkpoint(path) for path in (model, tmp_path / "out"))
-    for index, (block, tuned) in enumerate(zip(blocks, results, strict=True)):
+    for index, block in blocks.items():
         for inner, value in block.items():
             name = f"model.layers.{index}.{inner}"
             assert torch.equal(after.read(name).float(), value.half().float()), name
             if value.dim() == 1:
                 assert after.info(name).dtype == torch.float16
-                assert torch.equal(after.read(name), before.read(name)) is not (inner in tuned.changed), name
+                assert torch.equal(after.read(name), before.read(name)) is not (inner in changed[index]), name

@@ -20,7 +20,9 @@ def quantize(job: Job) -> Outcome:
     from qexport.specs import CalibrationSpec, spec_of
 
     model = Path(job["model"])
-    options: dict[str, Any] = {"bits": job["bits"], "group_size": job["group_size"], **job["options"]}
+    options: dict[str, Any] = {"group_size": job["group_size"], **job["options"]}
+    if "target_size" not in options:
+        options["bits"] = job["bits"]
     spec = spec_of(**options)
     if isinstance(spec, CalibrationSpec):
         samples: dict[str, Any] = {

@@ -62,14 +62,15 @@ class BlockQuantizer:
         tokens = batches(self.data.windows, _BATCH_TOKENS)
         following = [lane for lane in lanes if lane.method.follows]
         # the full model's before a block and, if it is followed, after it and within it; and the lanes' own
-        share = self.memory // (len(following) + (3 if following else 1))
+        weighing = [lane for lane in lanes if lane.method.weighs_outputs]
+        share = self.memory // (len(following) + len(weighing) + (3 if following else 1))
         with ExitStack() as stack:
 
             def store(budget: int = share, stack: ExitStack = stack) -> Activations:
                 return stack.enter_context(Activations(budget, self.directory))
 
             curvatures = None
-            if any(lane.method.weighs_outputs for lane in lanes):
+            if weighing:
                 curvatures = stack.enter_context(OutputCurvatures(self.directory))
                 curvatures.gather(stream, tokens, memory=self.memory, on_event=self.on_event)
             before = store()
@@ -77,6 +78,9 @@ class BlockQuantizer:
             after = store() if following else before
             for lane in following:
                 lane.hidden = store()
+            for lane in weighing:
+                lane.earlier = store()
+            waiting: dict[int, OneBlock] = {}  # to be tuned once more, with the next
             for index in range(len(stream)):
                 with stream.block(index) as module, ExitStack() as within:
                     curvature = curvatures.of_block(index) if curvatures else None
@@ -84,6 +88,12 @@ class BlockQuantizer:
                     for inner in full.compared(lanes):
                         full.inputs[inner] = store(share // _STORES_A_BLOCK, within)
                     full.run(lanes)
-                    for lane in lanes:
-                        OneBlock(lane, full, tokens, remarks).solve()
+                    for number, lane in enumerate(lanes):
+                        one = OneBlock(lane, full, tokens, remarks, waiting.pop(number, None))
+                        one.solve()
+                        if lane.earlier is not None and index + 1 < len(stream):
+                            waiting[number] = one
+                        else:
+                            one.finish()
+                        del one
                 before, after = after, before

@@ -70,7 +70,10 @@ class Lane:
     write: Write
     errors: list[TensorError] = field(default_factory=list)
     rewritten: set[str] = field(default_factory=set)
-    hidden: Activations | None = None  # its own, once they differ from the full model's
+    hidden: Activations | None = (
+        None  # its own before the block at hand, once they differ from the full model's
+    )
+    earlier: Activations | None = None  # those before the block before that, where both are tuned
 
     @property
     def method(self) -> Solving:

@@ -20,7 +20,7 @@ from qexport.modeling.folding import apply_fold
 from qexport.quantization.blockwise.full_block import FullBlock
 from qexport.quantization.blockwise.lanes import Group, Lane, stages
 from qexport.quantization.blockwise.remarks import Remarks
-from qexport.quantization.blockwise.tuning import Cost, divergence, tune_block, weighed_error
+from qexport.quantization.blockwise.tuning import Cost, Tunable, divergence, tune_blocks, weighed_error
 from qexport.quantization.fidelity import tensor_error
 from qexport.solvers.awq import search_awq_scales
 
@@ -40,14 +40,21 @@ class OneBlock:
     """On a copy of the full model's block, so that other lanes find that as it was."""
 
     def __init__(
-        self, lane: Lane, full: FullBlock, batches: Sequence[torch.Tensor], remarks: Remarks
+        self,
+        lane: Lane,
+        full: FullBlock,
+        batches: Sequence[torch.Tensor],
+        remarks: Remarks,
+        previous: OneBlock | None,
     ) -> None:
-        self._lane, self._full, self._batches, self._remarks = lane, full, batches, remarks
+        self._lane, self._full, self._previous = lane, full, previous
+        self._batches, self._remarks = batches, remarks
         self._method, self._stream, self._index = lane.method, full.stream, full.index
         self._block = copy.deepcopy(full.module)
         self._curvature = full.curvature if lane.method.weighs_outputs else None
         self._divided: dict[str, torch.Tensor] = {}  # layer -> what its inputs have been divided by
         self._solved: dict[str, tuple[Layer, Any]] = {}
+        self._moved: set[str] = set()  # inner names of what had to change for the codes
 
     @property
     def _now(self) -> Activations:
@@ -55,10 +62,11 @@ class OneBlock:
         return self._lane.hidden or self._full.before  # empty before the first block
 
     def solve(self) -> None:
-        """Chooses all codes of the block, writes them and what had to change for them, and takes the lane's
-        hidden states, if it has its own, through the block as it became."""
+        """Chooses all codes of the block, and takes the lane's hidden states, if it has its own, through the
+        block as it became."""
         groups = self._lane.groups(self._stream, self._index)
-        moved = self._scale() if self._method.scaling else set()
+        if self._method.scaling:
+            self._scale()
         if self._method.follows:
             for stage in stages(groups):
                 for group, inputs in zip(stage, self._following(stage), strict=True):
@@ -68,19 +76,35 @@ class OneBlock:
                 inner = group[0].inner
                 self._solve_group(group, _Inputs(self._full.seen.get(inner), None, self._divided.get(inner)))
         if self._curvature:
-            moved |= self._tune()
+            self._tune()
+        if self._lane.hidden is not None:
+            self._propagate(self._lane.hidden)
+        # a block that waits to be tuned with the next holds no Hessians
+        del self._full, self._curvature, self._previous
+
+    def finish(self) -> None:
+        """Writes the codes, and what had to change for them."""
         for layer, codes in self._solved.values():
             for name, tensor in self._lane.plan.layer_tensors(layer.name, codes).items():
                 self._lane.write(name, tensor)
-        self._rewrite(moved)
-        if self._lane.hidden is not None:
-            self._propagate(self._lane.hidden)
+        for _, name, stored in self._plain(self._moved):
+            self._lane.write(name, stored)
+            self._lane.rewritten.add(name)
 
     def _propagate(self, hidden: Activations) -> None:
         """Takes the lane's hidden states through the block as it became."""
-        before = self._now
+        before, earlier = self._now, self._lane.earlier
         for number in range(len(before)):
-            hidden.put(number, self._stream.run(self._index, before[number], self._block))
+            if earlier is None:
+                states = before[number]
+            else:
+                # before this block, now that the previous one is done with
+                states = before[number] if self._previous is None else self._previous._run(earlier[number])
+                earlier.put(number, states)
+            hidden.put(number, self._run(states))
+
+    def _run(self, states: torch.Tensor) -> torch.Tensor:
+        return self._stream.run(self._index, states, self._block)
 
     def _following(self, stage: Sequence[Group]) -> list[_Inputs]:
         """What the layers of a stage see now, and how that differs from what the full model sees."""
@@ -136,7 +160,7 @@ class OneBlock:
             found = found / inputs.scales[:, None] / inputs.scales
         return found
 
-    def _scale(self) -> set[str]:
+    def _scale(self) -> None:
         """AWQ's first half: moves scales through the pairs of the block, before any code is chosen."""
         spec = self._method.scaling
         assert spec is not None  # noqa: S101 - the caller asked
@@ -161,31 +185,34 @@ class OneBlock:
                 changed |= {f"{fold.source}.{leaf}" for leaf in ("weight", "bias")}
                 changed |= {f"{target}.weight" for target in fold.targets}
         self._round_changed(changed)
-        return changed
+        self._moved |= changed
 
-    def _tune(self) -> set[str]:
-        """Scales and norms by gradients, for what the block puts out; the inner names of what changed."""
-        assert self._curvature is not None  # noqa: S101 - the caller asked
-        names = self._stream.stored_names(self._index)
-        free = [inner for inner in names if names[inner] not in self._lane.plan.weights]
-        grids = {inner: self._lane.plan.grids[layer.name] for inner, (layer, _) in self._solved.items()}
+    def _tune(self) -> None:
+        """Scales and norms by gradients, for what the block puts out, together with those of the previous
+        one; that is done with then, and written."""
+        blocks = [one for one in (self._previous, self) if one is not None]
+        now = self._now if self._previous is None else self._lane.earlier
+        assert now is not None  # noqa: S101 - there was a block before
         with self._cost() as cost:
-            tuned = tune_block(
-                self._stream,
-                self._index,
-                self._block,
-                solved={
-                    inner: (layer, codes, grids[inner]) for inner, (layer, codes) in self._solved.items()
-                },
-                free=free,
-                wanted=self._full.after,
-                now=self._now,
-                cost=cost,
-                keep=lambda inner, value: value.to(self._lane.plan.checkpoint.info(names[inner]).dtype),
+            tuned = tune_blocks(
+                self._stream, [one._tunable() for one in blocks], wanted=self._full.after, now=now, cost=cost
             )
-        for inner, codes in tuned.codes.items():
-            self._solved[inner] = self._solved[inner][0], codes
-        return tuned.changed
+        for one, found in zip(blocks, tuned, strict=True):
+            for inner, codes in found.codes.items():
+                one._solved[inner] = one._solved[inner][0], codes
+            one._moved |= found.changed
+        if self._previous is not None:
+            self._previous.finish()
+
+    def _tunable(self) -> Tunable:
+        names, plan = self._stream.stored_names(self._index), self._lane.plan
+        return Tunable(
+            self._index,
+            self._block,
+            {inner: (layer, codes, plan.grids[layer.name]) for inner, (layer, codes) in self._solved.items()},
+            [inner for inner in names if names[inner] not in plan.weights],
+            lambda inner, value: value.to(plan.checkpoint.info(names[inner]).dtype),
+        )
 
     @contextmanager
     def _cost(self) -> Iterator[Cost]:
@@ -204,11 +231,6 @@ class OneBlock:
         for inner, _, stored in self._plain(changed):
             parameter = self._block.get_parameter(inner)
             parameter.data = stored.to(parameter.dtype)
-
-    def _rewrite(self, changed: Iterable[str]) -> None:
-        for _, name, stored in self._plain(changed):
-            self._lane.write(name, stored)
-            self._lane.rewritten.add(name)
 
     def _plain(self, changed: Iterable[str]) -> Iterable[tuple[str, str, torch.Tensor]]:
         """Inner name, name on disk and value of those that are stored as they are."""

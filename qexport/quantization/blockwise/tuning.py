@@ -1,8 +1,9 @@
-"""A block's scales, norms and biases by gradients, codes as they are, for what the block puts out.
+"""Scales, norms and biases of neighbouring blocks by gradients, codes as they are, for what comes out.
 
-The full-precision block on the full model's hidden states tells what should come out, and the curvature of
-the model's loss by the block's outputs how much each deviation costs. Like the training of step sizes in
-EfficientQAT (Chen et al. 2024, section 3.2), here weighed, and by one block's few numbers.
+The full-precision model's hidden states after the last of them tell what should come out, and the curvature
+of the model's loss by it how much each deviation costs. Like the training of step sizes in EfficientQAT (Chen
+et al. 2024, section 3.2), here weighed, and by the few numbers of a few blocks. Two at a time make good for
+each other what one alone cannot.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from qexport.grids.grid import Grid, Scalable, spread
 from qexport.modeling.activations import Activations
 from qexport.modeling.blocks import BlockStream, Layer, set_weight
 
-_EPOCHS = 3
+_EPOCHS = 4
 _WARM_UP = 5  # steps
-_SCALES_RATE = 5e-3  # of the logarithm of a scale, a step of Adam
-_FREE_RATE = 1e-3  # of the root mean square of a norm's weight or a bias
+_SCALES_RATE = 7e-3  # of the logarithm of a scale, a step of Adam
+_FREE_RATE = 2e-3  # of the root mean square of a norm's weight or a bias
 _HELD_OUT = 8  # each so many-th batch tells whether tuning helped, and is not learned from
 _FEW = 4  # batches, from which on one can be held out
 
@@ -54,6 +55,21 @@ def divergence(batches: Sequence[torch.Tensor], logits: Callable[..., torch.Tens
 
 
 @dataclass(frozen=True)
+class Tunable:
+    """Block number `index`, `module`, whose `solved` layers have codes.
+
+    `free` are inner names of tensors that are stored as they are, of which those of one dimension are tuned,
+    and rounded by `keep`.
+    """
+
+    index: int
+    module: nn.Module
+    solved: Mapping[str, tuple[Layer, Any, Grid]]
+    free: Collection[str]
+    keep: Callable[[str, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What became of a block: codes of layers by inner name, and the inner names of other tensors."""
 
@@ -61,26 +77,15 @@ class Tuned:
     changed: set[str] = field(default_factory=set)
 
 
-def tune_block(
-    stream: BlockStream,
-    index: int,
-    block: nn.Module,
-    *,
-    solved: Mapping[str, tuple[Layer, Any, Grid]],
-    free: Collection[str],
-    wanted: Activations,
-    now: Activations,
-    cost: Cost,
-    keep: Callable[[str, torch.Tensor], torch.Tensor],
-) -> Tuned:
-    """Tunes `block`, whose `solved` layers have codes, to put out the `wanted` hidden states.
+def tune_blocks(
+    stream: BlockStream, blocks: Sequence[Tunable], *, wanted: Activations, now: Activations, cost: Cost
+) -> list[Tuned]:
+    """Tunes neighbouring `blocks` to put out the `wanted` hidden states; what became of each, in order.
 
-    `now` are those that `block` gets, and `cost` tells what it costs to put out others. `free`
-    are inner names of tensors that are stored as they are, of which those of one dimension are tuned, and
-    rounded by `keep`. The block is left as tuned where batches that were held out gain by it, and otherwise
-    as it was.
+    `now` are those that the first of them gets, and `cost` tells what it costs to put out others. The blocks
+    are left as tuned where batches that were held out gain by it, and otherwise as they were.
     """
-    tuner = _Tuner(block, solved, free)
+    tuners = [_Tuner(block) for block in blocks]
     numbers = list(range(len(now)))
     held = numbers[::_HELD_OUT] if len(numbers) >= _FEW else []
     learned = [number for number in numbers if number not in held]
@@ -88,14 +93,19 @@ def tune_block(
     generator = torch.Generator().manual_seed(0)
 
     def loss(number: int) -> torch.Tensor:
-        return cost(number, stream.forward(index, now[number], tuner.run), wanted[number])
+        hidden = now[number]
+        for tuner in tuners:
+            hidden = stream.forward(tuner.index, hidden, tuner.run)
+        return cost(number, hidden, wanted[number])
 
     def held_out() -> float:
         with torch.no_grad():
             return sum(float(loss(number)) for number in held or learned)
 
     before = held_out()
-    optimizer = torch.optim.Adam(tuner.parameters(), betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(
+        [group for tuner in tuners for group in tuner.parameters()], betas=(0.9, 0.95)
+    )
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / _WARM_UP, max(1 - step / steps, 0.0))
     )
@@ -106,26 +116,26 @@ def tune_block(
                 loss(learned[place]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 rate.step()
-    tuner.settle(keep)
+    for tuner in tuners:
+        tuner.settle()
     if held_out() < before:
-        return tuner.applied()
-    return Tuned()
+        return [tuner.applied() for tuner in tuners]
+    return [Tuned() for _ in tuners]
 
 
 class _Tuner:
     """A block's tensors as functions of what is tuned."""
 
-    def __init__(
-        self, block: nn.Module, solved: Mapping[str, tuple[Layer, Any, Grid]], free: Collection[str]
-    ) -> None:
-        self._block = block
+    def __init__(self, tunable: Tunable) -> None:
+        self.index, self._block, self._keep = tunable.index, tunable.module, tunable.keep
+        solved, free = tunable.solved, tunable.free
         self._layers = {inner: one for inner, one in solved.items() if isinstance(one[2], Scalable)}
         self._decoded = {inner: grid.decode(codes) for inner, (_, codes, grid) in self._layers.items()}
         self._log_factors = {
             inner: torch.zeros(_groups(decoded, self._layers[inner][2]), requires_grad=True)
             for inner, decoded in self._decoded.items()
         }
-        parameters = dict(block.named_parameters())
+        parameters = dict(self._block.named_parameters())
         self._base = {
             inner: value.data.clone()
             for inner, value in parameters.items()
@@ -164,10 +174,10 @@ class _Tuner:
         return found
 
     @torch.no_grad()
-    def settle(self, keep: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    def settle(self) -> None:
         """Rounds all to what will be stored; from now on the block runs with that."""
         found = {
-            inner: keep(inner, value).to(value.dtype)
+            inner: self._keep(inner, value).to(value.dtype)
             for inner, value in self._tensors().items()
             if inner in self._base
         }
