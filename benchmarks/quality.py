@@ -1,7 +1,7 @@
 """Quality of quantized models, qexport's and its peers': equal bits, equal groups, equal calibration windows.
 
     python -m benchmarks.quality [--models ...] [--methods ...] [--bits ...] [--seeds ...] [--again]
-    python -m benchmarks.quality --markdown benchmarks/results/quality.md --no-run
+    python -m benchmarks.quality --markdown benchmarks/results/quality.md [--no-run]
 
 Each tool quantizes the same model on the same windows of tokens, in an environment of its own that is made on
 first use (benchmarks/environments.py), with two threads. One scorer reads what it wrote, in fp32, on held-out

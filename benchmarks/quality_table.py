@@ -20,6 +20,37 @@ def markdown(rows: Sequence[Row], methods: Sequence[str]) -> str:
     )
 
 
+def summary(rows: Sequence[Row], ours: Sequence[str]) -> str:
+    """A row a model and width: the least KL divergence of a peer, and that of each method of `ours`."""
+    labels = {row["method"]: row["label"] for row in rows if row["method"] in ours}
+    ours = [method for method in ours if method in labels]
+    heads = [labels[method].removeprefix("qexport ").partition(" under")[0] for method in ours]
+    lines = [
+        f"| model | bits | best peer | its KL | {' | '.join(heads)} |",
+        "| --- | ---: | --- | ---: |" + " ---: |" * len(ours),
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for bits in _BITS:
+            found = _by_method([row for row in rows if row["model"] == model], bits)
+            peers = {own[0]["label"]: _mean(own, "kl") for own in found.values() if not own[0]["ours"]}
+            mine = {method: _mean(found[method], "kl") for method in ours if method in found}
+            if not peers or not mine:
+                continue
+            peer = min(peers, key=lambda label: peers[label])
+            least = min(peers[peer], *mine.values())
+            cells = [_figure(value, least) for value in (peers[peer], *map(mine.get, ours))]
+            lines.append(f"| {model} | {bits} | {peer} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _figure(value: float | None, least: float) -> str:
+    """Three digits that count, bold where it is the least."""
+    if value is None:
+        return "–"
+    told = f"{value:.{max(2 - math.floor(math.log10(value)), 0)}f}" if value > 0 else "0"
+    return f"**{told}**" if value == least else told
+
+
 def _table(rows: Sequence[Row], methods: Sequence[str]) -> str:
     full = next(row for row in rows if row["method"] == "full")
     told = f"perplexity {full['perplexity']:.3f} ± {full['perplexity_error']:.2f} on {full['tokens']} tokens"

@@ -38,6 +38,7 @@ from typing import Any
 
 from benchmarks.environments import python_of
 from benchmarks.shapes import SHAPES, Shape, make_checkpoint
+from qexport.cli.main import ENVIRONMENT
 
 Record = dict[str, Any]
 Timed = tuple[float, float, bool]  # seconds, CPU seconds of all threads, and whether it came to its end
@@ -159,6 +160,8 @@ def _in_its_environment(tool: str, scratch: Path, layers: int, arguments: argpar
     threads = str(arguments.threads)
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
     environment |= {"OMP_NUM_THREADS": threads, "GPTQMODEL_CPU_WORKERS": threads}
+    if tool.startswith("qexport"):
+        environment |= ENVIRONMENT
     ran = subprocess.run(
         # GPTQModel leaves its logs where it runs
         command,

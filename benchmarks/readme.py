@@ -10,10 +10,10 @@ demo's table as it came out.
     .venv/bin/python -m benchmarks.readme --gguf encoders.json
     .venv/bin/python -m benchmarks.compare > compare.md
     .venv/bin/python -m benchmarks.readme --compare compare.md
-    .venv/bin/python -m benchmarks.quality --markdown quality.md
-    .venv/bin/python -m benchmarks.readme --quality quality.md
-    .venv/bin/python -m benchmarks.quantize blocks --markdown speed.md
-    .venv/bin/python -m benchmarks.readme --speed speed.md
+    .venv/bin/python -m benchmarks.quality --markdown benchmarks/results/quality.md
+    .venv/bin/python -m benchmarks.readme --quality benchmarks/results/quality.json
+    .venv/bin/python -m benchmarks.quantize
+    .venv/bin/python -m benchmarks.readme --speed benchmarks/results/quantize.md
 
 Each option writes one part: the demo's table from its report.json, and the picture of its page; the table
 of benchmarks/memory.py, which is run for it; those of benchmarks/merge.py, gguf.py, compare.py, quality.py
@@ -36,6 +36,10 @@ from benchmarks.gguf import TABLES as GGUF_TABLES
 from benchmarks.memory import tables as memory_tables
 from benchmarks.merge import Agreement, Results, remarks, table
 from benchmarks.merge import Row as MergeRow
+from benchmarks.quality import read_rows
+from benchmarks.quality_methods import METHODS
+from benchmarks.quality_models import MODELS
+from benchmarks.quality_table import Row, markdown, summary
 from qexport.cli.main import COMMANDS
 from qexport.report.files import read_report
 from qexport.report.tables import table_markdown
@@ -93,6 +97,19 @@ def merge_part(file: Path) -> str:
     return f"{table(results)}\n\n{remarks(results)}"
 
 
+def _place(row: Row) -> int:
+    return list(MODELS).index(row["model"])
+
+
+def quality_part(file: Path) -> str:
+    """The first model's table in full, and of all models how we stand beside the best peer."""
+    rows = read_rows(file)
+    first = [row for row in rows if row["model"] == next(iter(MODELS))]
+    ours = ("q-gptq-fast", "q-gptq", "q-gptq-best", "q-allotted")
+    others = summary(sorted(rows, key=_place), ours)
+    return f"{markdown(first, [*METHODS])}\nKL divergence on all models:\n\n{others}"
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -100,7 +117,7 @@ def main() -> None:
     parser.add_argument("--memory", type=Path, metavar="JSON")
     parser.add_argument("--merge", type=Path, metavar="JSON")
     parser.add_argument("--compare", type=Path, metavar="MARKDOWN")
-    parser.add_argument("--quality", type=Path, metavar="MARKDOWN")
+    parser.add_argument("--quality", type=Path, metavar="JSON")
     parser.add_argument("--speed", type=Path, metavar="MARKDOWN")
     parser.add_argument("--gguf", type=Path, metavar="JSON", action="append", default=[])
     options = parser.parse_args()
@@ -114,9 +131,10 @@ def main() -> None:
         text = replaced(text, "memory", memory_tables(found))
     if options.compare:
         text = replaced(text, "compare", options.compare.read_text(encoding="utf-8"))
-    for part in ("quality", "speed"):
-        if file := getattr(options, part):
-            text = replaced(text, part, file.read_text(encoding="utf-8"))
+    if options.quality:
+        text = replaced(text, "quality", quality_part(options.quality))
+    if options.speed:
+        text = replaced(text, "speed", options.speed.read_text(encoding="utf-8"))
     if options.merge:
         text = replaced(text, "merge", merge_part(options.merge))
     for file in options.gguf:

@@ -11,7 +11,7 @@ from benchmarks import quality
 from benchmarks.peers import Job, run
 from benchmarks.quality import Case, cases, keep, read_rows
 from benchmarks.quality_models import LENGTH, MODELS, SAMPLES, calibration
-from benchmarks.quality_table import Row, markdown
+from benchmarks.quality_table import Row, markdown, summary
 from qexport.calibrate.texts import read_documents
 from qexport.calibrate.windows import text_tokens
 from qexport.modeling.tokenizer import load_tokenizer
@@ -80,6 +80,17 @@ def test_the_table_has_means_of_seeds_the_best_in_bold_and_reasons() -> None:
     assert "| A | 32 | – | **0.030 ± 0.001**; +5.00 ± 1.00 % | – | – | 7.0 |" in table
     assert "1. No: 3" in table
     assert "66.7%" in table[-1]  # (.04 - .02) / .03
+
+
+def test_the_summary_puts_the_best_peer_beside_ours() -> None:
+    def row(method: str, ours: bool, kl: float, bits: int = 4) -> Row:
+        return {"model": "m", "method": method, "label": method, "ours": ours, "bits": bits, "kl": kl}
+
+    rows = [row("a", False, 0.0412), row("b", False, 0.03), row("q", True, 0.0123), row("b", False, 0.02, 2)]
+    rows += [row("b", False, 0.05), row("r", True, 3.456, 3)]
+    table = summary(rows, ["q", "nothing", "r"]).splitlines()
+    assert table[0] == "| model | bits | best peer | its KL | q | r |"
+    assert table[2:] == ["| m | 4 | b | 0.0400 | **0.0123** | – |"]
 
 
 def test_allotted_bits_are_given_the_uniform_ones_size() -> None:

@@ -1,4 +1,5 @@
-"""GPTQModel: GPTQ with its defaults (act-order within groups, damping .05), a GPTQ checkpoint.
+"""GPTQModel: GPTQ with its defaults (act-order within groups, or of all inputs of a row that is one group;
+damping .05), a GPTQ checkpoint.
 
 Options are those of its QuantizeConfig (`sym`, `mse`, `gptaq` as a dict of GPTAQConfig's fields); asymmetric
 codes go out as gptq_v2, as v1 cannot hold a zero of 0.
@@ -20,6 +21,8 @@ def quantize(job: Job) -> Outcome:
     options = dict(job["options"])
     if "gptaq" in options:
         options["gptaq"] = settings.GPTAQConfig(**options["gptaq"])
+    if job["group_size"] == -1:  # its default order is one of groups, and refuses rows
+        options |= {"act_group_aware": False, "desc_act": True}
     config = QuantizeConfig(
         bits=job["bits"],
         group_size=job["group_size"],

@@ -35,6 +35,15 @@ COMMANDS = {
     "verify": ("qexport.cli.verify:verify", "Measure what a model lost against its reference."),
 }
 DEFECT = 70
+ENVIRONMENT = {  # has to be there before torch is loaded
+    # threads that wait by spinning lose most of their time to a busy neighbour (40 s became 20 s), and win
+    # nothing on a quiet machine
+    "OMP_WAIT_POLICY": "PASSIVE",
+    # large tensors in large pages: a seventh of GPTQ's time went into faults of small ones
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 
 
 class _Stopped(BaseException):
@@ -87,11 +96,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _stop)
-    # threads that wait by spinning lose most of their time to a busy neighbour (40 s became 20 s), and win
-    # nothing on a quiet machine; has to stand here before torch is loaded
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     sys.exit(run(arguments))
 
 

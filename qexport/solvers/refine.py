@@ -23,7 +23,8 @@ from qexport.solvers.evenly import code_range, divisible, over_rows
 BLOCK = 128  # columns whose changes are told to all others together
 _ROUNDS = 1  # codes, then scales; of a second one the model's outputs show nothing
 _ROUNDS_ACROSS = 2  # where rows depend on each other
-_PASSES = 4  # over all codes, a round
+_PASSES = 2  # over all codes, a round; of more the outputs show nothing
+_PASSES_ACROSS = 4
 _RIDGE = 1e-4  # of the mean diagonal: pulls a group's factor towards 1
 _FARTHEST = 2.0  # a group's scale changes by no more than this factor a round
 _ROWS, _COLUMNS = 512, 1024  # of products that stay in a core's cache
@@ -37,7 +38,7 @@ def refine(
     outputs: torch.Tensor | None = None,
     *,
     rounds: int | None = None,
-    passes: int = _PASSES,
+    passes: int | None = None,
 ) -> Chosen:
     """Better codes and scales for `weight` fp32 [out, in], from those chosen before. Nothing is changed.
 
@@ -64,6 +65,8 @@ def refine(
         chosen = Chosen(chosen.codes[:, order], chosen.scales)
     if rounds is None:
         rounds = _ROUNDS if outputs is None else _ROUNDS_ACROSS
+    if passes is None:
+        passes = _PASSES if outputs is None else _PASSES_ACROSS
     for _ in range(rounds):
         chosen = _better_codes(weight, chosen, hessian, grid, outputs, passes)
         if isinstance(grid, Scalable):
