@@ -6,12 +6,17 @@ import torch
 
 from qexport.errors import SpecError
 
+CPU = torch.device("cpu")
+_TYPES = ("cpu", "cuda")
 
-def device_of(name: str) -> torch.device:
-    """The device of that name. Raises SpecError when there is no such, or none here."""
+
+def device_of(name: str | None) -> torch.device:
+    """The device of that name, the CPU for None. Raises SpecError when there is no such, or none here."""
+    if name is None:
+        return CPU
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
+        if device.type not in _TYPES:
             raise RuntimeError(f"no device {name}")
     except RuntimeError as error:
         raise SpecError(f"--device {name}", expected="cpu, cuda or cuda:N") from error

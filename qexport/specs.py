@@ -124,6 +124,7 @@ class CalibrationSpec(Spec):
         description="memory for hidden states; the rest of them goes to a temporary file beside the output; "
         "default: 4GB",
     )
+    device: str | None = Field(None, description="where the model runs: cpu, cuda or cuda:N; default: cpu")
 
 
 FormatName = Literal[
@@ -207,7 +208,9 @@ class WeightsSpec(ShardSpec):
         None, description="gguf: llama.cpp's name of the pre-tokenizer, where it cannot be told by itself"
     )
     device: str | None = Field(
-        None, description="gguf: where blocks are encoded: cpu, cuda or cuda:N; default: cpu"
+        None,
+        description="where the model runs for a calibration (codes are chosen on the CPU), and where gguf's "
+        "blocks are encoded: cpu, cuda or cuda:N; default: cpu",
     )
     override: _Names = Field(
         (),

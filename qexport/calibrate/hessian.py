@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from qexport.devices import CPU
 from qexport.errors import NonFiniteError
 from qexport.grids.products import fp32_factors_as_bf16, worthwhile
 
@@ -13,21 +14,21 @@ _COLUMNS = 1024  # of a Hessian that are summed at once, down to the diagonal: h
 
 
 class InputStatistics:
-    """Sums x x^T, fp32 [in, in], and |x|, fp64 [in], over all inputs that it is shown.
+    """Sums x x^T, fp32 [in, in], and |x|, fp64 [in], over all inputs that it is shown, on their `device`.
 
     Where that is faster, products are those of inputs rounded to bf16, and summed in fp32: the exact moment
     of inputs off by 1 in 512 at most, far less than the damping of it.
     """
 
-    def __init__(self, inputs: int) -> None:
-        self._products = torch.zeros(inputs, inputs)
-        self._sizes = torch.zeros(inputs, dtype=torch.float64)
+    def __init__(self, inputs: int, device: torch.device = CPU) -> None:
+        self._products = torch.zeros(inputs, inputs, device=device)
+        self._sizes = torch.zeros(inputs, dtype=torch.float64, device=device)
         self._count = 0
 
     @property
     def abs_sum(self) -> torch.Tensor:
-        """Sum of |x|, fp64 [in]."""
-        return self._sizes
+        """Sum of |x|, fp64 [in], on the CPU."""
+        return self._sizes.cpu()
 
     @property
     def inputs(self) -> int:
@@ -55,7 +56,7 @@ class InputStatistics:
         self._count += len(rows)
 
     def mean(self, layer: str) -> torch.Tensor:
-        """Mean of x x^T, fp32 [in, in]; 0 where no token came. The Hessian of GPTQ, but for a factor.
+        """Mean of x x^T, fp32 [in, in] on the CPU; 0 where no token came. GPTQ's Hessian, but for a factor.
 
         Raises NonFiniteError, naming `layer`, when an input was not finite.
         """
@@ -65,7 +66,7 @@ class InputStatistics:
                 f"the inputs of {layer} are NaN or infinite on the calibration text",
                 remedy="check that the model works in 32 bits at all",
             )
-        mean = self._products / max(self._count, 1)
+        mean = self._products.cpu() / max(self._count, 1)
         for begin in range(_COLUMNS, self.inputs, _COLUMNS):
             mean[begin : begin + _COLUMNS, :begin] = mean[:begin, begin : begin + _COLUMNS].t()
         return mean
@@ -86,7 +87,7 @@ def adding(found: dict[str, InputStatistics]) -> Callable[[str, torch.Tensor], N
 
     def add(layer: str, x: torch.Tensor) -> None:
         if layer not in found:
-            found[layer] = InputStatistics(x.shape[-1])
+            found[layer] = InputStatistics(x.shape[-1], x.device)
         found[layer].add(x)
 
     return add

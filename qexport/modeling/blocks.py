@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.devices import CPU
 from qexport.grids.products import LinearInBf16
 from qexport.modeling.architectures import Architecture, architecture_of
 from qexport.modeling.folding import Fold, expand, folds_of
@@ -36,15 +37,17 @@ class Layer:
 
 
 def weight_of(block: nn.Module, layer: Layer) -> torch.Tensor:
-    """The layer's weight [out, in] in a loaded block, in fp32; its own memory where that is fp32 already."""
-    weight = block.get_parameter(f"{layer.inner}.weight").data.float()
+    """The layer's weight [out, in] in a loaded block, in fp32 and on the CPU, where codes are chosen; its own
+    memory where it is both already."""
+    weight = block.get_parameter(f"{layer.inner}.weight").data.cpu().float()
     return weight.T if layer.transposed else weight
 
 
 def set_weight(block: nn.Module, layer: Layer, weight: torch.Tensor) -> None:
-    """Puts `weight` [out, in] in the place of the layer's, in the dtype that the block has."""
+    """Puts `weight` [out, in] in the place of the layer's, on the device and in the dtype that that has."""
     parameter = block.get_parameter(f"{layer.inner}.weight")
-    parameter.data = (weight.T if layer.transposed else weight).to(parameter.dtype).contiguous()
+    weight = weight.T if layer.transposed else weight
+    parameter.data = weight.to(parameter.device, parameter.dtype).contiguous()
 
 
 def layer_names(skeleton: Skeleton) -> frozenset[str]:
@@ -121,9 +124,11 @@ class _PassThrough(nn.Module):
 
 
 class BlockStream:
-    """Runs token batches through a checkpoint's model block by block, in `dtype`.
+    """Runs token batches through a checkpoint's model block by block, in `dtype` on `device`.
 
-    With `rounded`, `run` and `inputs` let linear layers multiply in bf16 where that is faster.
+    There lie the weights at hand and the buffers beside them, for as long as a context lasts, and what it
+    hands out: hidden states, inputs of layers, logits. Token ids may come from anywhere. With `rounded`,
+    `run` and `inputs` let linear layers multiply in bf16 where that is faster.
 
     Raises UnsupportedModelError for a model without a row in architectures.py.
     """
@@ -135,7 +140,9 @@ class BlockStream:
         dtype: torch.dtype = torch.float32,
         *,
         rounded: bool = False,
+        device: torch.device = CPU,
     ) -> None:
+        self.device = device
         self.architecture = architecture_of(skeleton.model_type)
         self._skeleton, self._checkpoint, self._dtype = skeleton.bound(checkpoint), checkpoint, dtype
         self._owner_name, _, self._list_name = self.architecture.blocks.rpartition(".")
@@ -185,18 +192,30 @@ class BlockStream:
         return [fold for fold in folds if not fused & {fold.source, *fold.targets}]
 
     @contextlib.contextmanager
-    def _loaded(self, places: dict[str, Place], module: nn.Module) -> Iterator[nn.Module]:
+    def _loaded(
+        self, places: dict[str, Place], module: nn.Module, without: str | None = None
+    ) -> Iterator[nn.Module]:
+        """`module` with its tensors; buffers that start with `without` stay where they are."""
         empty = {name: value for name, value in module.state_dict().items() if name in places}
+        # those that no checkpoint holds, rotary tables mostly
+        computed = [
+            name
+            for name, _ in module.named_buffers(remove_duplicate=False)
+            if name not in empty and not (without and name.startswith(without))
+        ]
         try:
-            for name, value in read_places(self._checkpoint, places, self._dtype):
+            _move_buffers(module, computed, self.device)
+            for name, value in read_places(self._checkpoint, places, self._dtype, self.device):
                 set_parameters(module, {name: value})
             yield module
         finally:
             set_parameters(module, empty)
+            _move_buffers(module, computed, CPU)  # as they became: some follow the length of the input
 
     def _outer(self, *, with_head: bool) -> contextlib.AbstractContextManager[nn.Module]:
         """Everything outside the blocks: embeddings, final norm and, when wanted, the output head."""
-        left_out = [self.architecture.blocks + "."]
+        blocks = self.architecture.blocks + "."
+        left_out = [blocks]
         if not with_head and self._skeleton.head_name:
             left_out.append(self._skeleton.head_name + ".")
         places = {
@@ -204,7 +223,7 @@ class BlockStream:
             for name, place in self._skeleton.places.items()
             if not name.startswith(tuple(left_out))
         }
-        return self._loaded(places, self._skeleton.model)
+        return self._loaded(places, self._skeleton.model, blocks)
 
     @contextlib.contextmanager
     def _shell(self) -> Iterator[list[_PassThrough]]:
@@ -235,7 +254,7 @@ class BlockStream:
         with self._shell() as passes:
             passes[-1].stop = True
             with contextlib.suppress(_Reached):
-                self._skeleton.model(input_ids=tokens, use_cache=False)
+                self._skeleton.model(input_ids=tokens.to(self.device), use_cache=False)
             assert passes[0].received is not None  # noqa: S101 - the shell has run
             self._calls[tuple(tokens.shape)] = [p.call for p in passes if p.call is not None]
             return passes[0].received
@@ -310,6 +329,7 @@ class BlockStream:
 
             def logits(tokens: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
                 passes[-1].result = final
+                tokens = tokens.to(self.device)
                 found: torch.Tensor = self._skeleton.model(input_ids=tokens, use_cache=False).logits
                 return found
 
@@ -323,6 +343,10 @@ class BlockStream:
         with self.head() as logits:
             for tokens, final in zip(batches, hidden, strict=True):
                 yield logits(tokens, final)
+
+
+def _move_buffers(module: nn.Module, names: Iterable[str], device: torch.device) -> None:
+    set_parameters(module, {name: module.get_buffer(name).to(device) for name in names})
 
 
 def is_expert(inner: str) -> bool:

@@ -107,7 +107,7 @@ def apply_fold(block: nn.Module, fold: Fold, scales: torch.Tensor) -> None:
     """
     source: Any = block.get_submodule(fold.source)
     weight, bias = source.weight.data, source._parameters.get("bias")
-    scales = scales.to(torch.float32)
+    scales = scales.to(weight.device, torch.float32)
     if weight.dim() == 1:
         channels = weight[fold.begin : fold.end]
         one = 1.0 if fold.plus_one else 0.0

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.devices import CPU
 from qexport.modeling.experts import Experts
 from qexport.modeling.names import StoredNames
 
@@ -104,9 +105,10 @@ def _renamed_by_transformers(model: Any, keys: list[str], strangers: list[str]) 
 
 
 def read_places(
-    checkpoint: Checkpoint, places: Mapping[str, Place], dtype: torch.dtype
+    checkpoint: Checkpoint, places: Mapping[str, Place], dtype: torch.dtype, device: torch.device = CPU
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Keys of `places` and their tensors, floats in `dtype`; a tensor that has several is read once.
+    """Keys of `places` and their tensors on `device`, floats in `dtype`; a tensor that has several is read
+    once.
 
     Keys of one place share their memory, as tied matrices do.
     """
@@ -114,7 +116,7 @@ def read_places(
     for key, place in places.items():
         keys[place.name].append(key)
     for name, sharing in keys.items():
-        value = checkpoint.read(name)
+        value = checkpoint.read(name).to(device)
         if value.is_floating_point():
             value = value.to(dtype)
         for key in sharing:

@@ -9,6 +9,7 @@ from qexport.checkpoint.checkpoint import local_path
 from qexport.checkpoint.finiteness import require_finite
 from qexport.checkpoint.hub import resolve
 from qexport.checkpoint.staging import check_target_file
+from qexport.devices import device_of
 from qexport.errors import InputError
 from qexport.events import OnEvent, ignore
 from qexport.formats.gguf.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
@@ -47,6 +48,7 @@ def make_imatrix(
         sources=[path] if given is None else [given, path],
     )
     check_out()
+    device = device_of(spec.device)
     check_calibration(spec)
     opened, skeleton = text_source(
         Source(open_checkpoint(path), path, dict, [path]),
@@ -59,7 +61,7 @@ def make_imatrix(
     require_finite(checkpoint, on_event=on_event)
     data = calibration_data(path, spec, skeleton, trust_remote_code=trust_remote_code, on_event=on_event)
     with Activations(spec.memory, out.parent) as hidden:
-        matrix = gather_importance(checkpoint, skeleton, data, layers, hidden, on_event)
+        matrix = gather_importance(checkpoint, skeleton, data, layers, hidden, on_event, device)
     check_out()  # somebody may have put something there since
     write_imatrix(matrix, out)
     return matrix

@@ -14,6 +14,7 @@ import torch
 from qexport.calibrate.importance import InputSquares
 from qexport.calibrate.windows import batches
 from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.devices import CPU
 from qexport.errors import first_of
 from qexport.events import Advanced, Finished, Noted, OnEvent, Started, ignore
 from qexport.formats.gguf.imatrix import ImportanceMatrix, Squares
@@ -78,19 +79,20 @@ def gather_importance(
     tensors: Mapping[str, Sequence[LayerInput]],
     hidden: Activations,
     on_event: OnEvent = ignore,
+    device: torch.device = CPU,
 ) -> ImportanceMatrix:
     """Mean squares of the inputs of `tensors`, over the windows, as llama.cpp's imatrix has them.
 
     `tensors` are GGUF names with the inputs that their rows take, one or one an expert, in order. Those
     that no linear layer has get no entry. The output head (`skeleton.head_weight`) is run when it is among
-    them; llama.cpp leaves it out unless asked. Neither checkpoint nor skeleton is changed;
-    `hidden`, empty, is filled with the hidden states.
+    them; llama.cpp leaves it out unless asked. The model runs on `device`. Neither checkpoint nor skeleton is
+    changed; `hidden`, empty, is filled with the hidden states.
 
     Raises UnsupportedModelError for a model without a row in architectures.py, NonFiniteError that names
     the layer whose inputs are not finite, StorageError.
     """
     wanted = {source for sources in tensors.values() for source in sources}
-    stream = BlockStream(skeleton, checkpoint)
+    stream = BlockStream(skeleton, checkpoint, device=device)
     tokens = batches(data.windows, _BATCH_TOKENS)
     places = skeleton.bound(checkpoint).places
     squares: dict[LayerInput, tuple[torch.Tensor | None, int]] = {}

@@ -13,6 +13,7 @@ import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.tensors import TensorInfo
+from qexport.devices import device_of
 from qexport.errors import SpecError, UnsupportedModelError, first_of
 from qexport.events import Noted, OnEvent
 from qexport.formats.format import Facts
@@ -24,10 +25,10 @@ from qexport.modeling.blocks import layer_names
 from qexport.modeling.skeleton import Skeleton
 from qexport.modeling.structure import structure_problems
 from qexport.quantization.choice import FULL, Override, chosen_bits, skipped
-from qexport.specs import AnyQuantizeSpec
+from qexport.specs import AnyQuantizeSpec, CalibrationSpec
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
-_GGUF_ONLY = ("type", "pre_tokenizer", "device", "imatrix")
+_GGUF_ONLY = ("type", "pre_tokenizer", "imatrix")
 _QUANTIZABLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -79,6 +80,12 @@ def plan_quantization(
                 f"--{name.replace('_', '-')} with --format {spec.format}",
                 expected="it is for --method gguf alone",
             )
+    if spec.device and not isinstance(spec, CalibrationSpec):
+        raise SpecError(
+            f"--device with --solver {spec.solver} and --format {spec.format}",
+            expected="it is for calibrated methods, such as gptq and awq, and for gguf",
+        )
+    device_of(spec.device)
     if checkpoint.quantization:
         raise UnsupportedModelError(
             f"{checkpoint.path} is quantized already ({checkpoint.quantization.get('quant_method')})",

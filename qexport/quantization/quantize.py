@@ -11,6 +11,7 @@ from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.hashing import file_hash
 from qexport.checkpoint.manifest import Recipe, fingerprint
 from qexport.checkpoint.staging import check_target
+from qexport.devices import device_of
 from qexport.errors import GateError
 from qexport.events import Noted, OnEvent, ignore
 from qexport.formats.gguf.text_model import is_multimodal
@@ -63,7 +64,8 @@ def quantize(
     Norms, routers and what the spec skips stay as they are, embeddings and the output head too unless they
     are asked for (in GGUF they are codes always), and so does a layer that the format cannot hold; the result
     names those. Methods without data stream tensor by tensor; calibrated ones hold one block and the
-    calibration activations. The inputs are not changed.
+    calibration activations. With a device in the spec the model runs there for the calibration, a block at a
+    time; codes are chosen on the CPU (in GGUF without data: on the device). The inputs are not changed.
 
     Raises InputError for what cannot be read or does not fit, NonFiniteError before the long work (in GGUF
     without data: as it comes), MissingDependencyError, OutputExistsError, StorageError.
@@ -168,7 +170,14 @@ def _planned(
         if limit is None or made.held_out is None:
             break
         memory = spec.memory if isinstance(spec, CalibrationSpec) else CalibrationSpec().memory
-        rise = perplexity_rise(source, out, made.held_out, memory=memory, trust_remote_code=trust_remote_code)
+        rise = perplexity_rise(
+            source,
+            out,
+            made.held_out,
+            memory=memory,
+            device=device_of(spec.device),
+            trust_remote_code=trust_remote_code,
+        )
         on_event(Noted(f"perplexity on calibration samples held out: {rise:+.2%}, allowed {limit:.2%}"))
         if rise <= limit or number + 1 == ROUNDS:
             break

@@ -12,6 +12,7 @@ from qexport.checkpoint.finiteness import require_finite
 from qexport.checkpoint.manifest import Recipe
 from qexport.checkpoint.sidecars import sidecars_of
 from qexport.checkpoint.writer import CheckpointWriter
+from qexport.devices import device_of
 from qexport.events import Finished, OnEvent, Started
 from qexport.measure import Measured
 from qexport.methods import FORMATS
@@ -39,10 +40,10 @@ class Job:
 
 
 def shareable(one: AnyQuantizeSpec, other: AnyQuantizeSpec) -> bool:
-    """Whether two outputs can be made in one pass: both see activations, of the same text."""
+    """Whether two outputs can be made in one pass: both see activations, of one text, on one device."""
     if not isinstance(one, CalibrationSpec) or not isinstance(other, CalibrationSpec):
         return False
-    return all(getattr(one, name) == getattr(other, name) for name in CalibrationSpec.TEXT)
+    return all(getattr(one, name) == getattr(other, name) for name in (*CalibrationSpec.TEXT, "device"))
 
 
 def write_together(
@@ -149,7 +150,8 @@ def _run(
         memory = min(
             plan.method.spec.memory for plan in plans if isinstance(plan.method.spec, CalibrationSpec)
         )
-        BlockQuantizer(lanes, data, memory, directory, on_event).run()
+        device = device_of(plans[0].method.spec.device)  # of all, see `shareable`
+        BlockQuantizer(lanes, data, memory, directory, on_event, device).run()
     for plan, lane in zip(plans, lanes, strict=True):
         alone = list(plan.grids) if data is None else [name for name in plan.grids if name in plan.alone]
         lane.errors += quantize_alone(plan, alone, lane.write, on_event)

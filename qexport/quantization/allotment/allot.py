@@ -180,10 +180,12 @@ def prepare(
     inputs: Mapping[str, str],
     memory: int,
     directory: Path,
+    device: torch.device,
     on_event: OnEvent,
 ) -> Allotment:
     """Measures, unless the cache knows, what each layer may cost. `inputs` are the hashes of what the model
-    is made of; `memory` bytes are for hidden states, those past it go to a file in `directory`.
+    is made of; `memory` bytes are for hidden states, those past it go to a file in `directory`. The model
+    runs on `device`.
 
     Raises SpecError where the format has but one grid, or none that may differ from layer to layer.
     """
@@ -208,6 +210,7 @@ def prepare(
         inputs=inputs,
         memory=memory,
         directory=directory,
+        device=device,
         on_event=on_event,
     )
     return Allotment(spec, uniform, units, grids, losses, measured_windows(data.windows).numel())

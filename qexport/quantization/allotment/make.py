@@ -13,6 +13,7 @@ import torch
 from qexport.calibrate.windows import batches
 from qexport.checkpoint.checkpoint import read_json
 from qexport.checkpoint.staging import check_target_file, write_file_atomically
+from qexport.devices import CPU, device_of
 from qexport.errors import QexportError, SpecError
 from qexport.events import Noted, OnEvent, ignore
 from qexport.formats.opening import open_checkpoint
@@ -82,6 +83,7 @@ def planned(
         own_spec, plan = plan_from_file(source.checkpoint, skeleton, spec)
         return Planned(own_spec, plan)
     text = spec if isinstance(spec, CalibrationSpec) else CalibrationSpec()
+    device = device_of(text.device)  # whether it is there is known before a text is read
     data = calibration_data(
         source.path, text, skeleton, trust_remote_code=trust_remote_code, on_event=on_event
     )
@@ -102,6 +104,7 @@ def planned(
         inputs=source.inputs(),
         memory=text.memory,
         directory=directory,
+        device=device,
         on_event=on_event,
     )
     plan = allotment.plan()
@@ -157,20 +160,27 @@ def perplexity_rise(
     windows: torch.Tensor,
     *,
     memory: int,
+    device: torch.device = CPU,
     trust_remote_code: bool,
 ) -> float:
     """How much higher the perplexity of the model in `quantized` is than that of `source`, as a share, on
-    token ids [samples, length]; negative where it is lower. Both run in fp32."""
-    full = _nll(source, windows, memory, quantized.parent, trust_remote_code)
+    token ids [samples, length]; negative where it is lower. Both run in fp32 on `device`."""
+    full = _nll(source, windows, memory, quantized.parent, device, trust_remote_code)
     own = Source(open_checkpoint(quantized), source.path, dict, [])
-    return math.expm1(_nll(own, windows, memory, quantized.parent, trust_remote_code) - full)
+    return math.expm1(_nll(own, windows, memory, quantized.parent, device, trust_remote_code) - full)
 
 
 def _nll(
-    source: Source, windows: torch.Tensor, memory: int, directory: Path, trust_remote_code: bool
+    source: Source,
+    windows: torch.Tensor,
+    memory: int,
+    directory: Path,
+    device: torch.device,
+    trust_remote_code: bool,
 ) -> float:
     """Mean negative log-likelihood of all tokens but the windows' first, nats."""
-    stream = BlockStream(build_skeleton(source.path, trust_remote_code=trust_remote_code), source.checkpoint)
+    skeleton = build_skeleton(source.path, trust_remote_code=trust_remote_code)
+    stream = BlockStream(skeleton, source.checkpoint, device=device)
     parts = batches(windows, _BATCH_TOKENS)
     with Activations(memory, directory, torch.float32) as hidden:
         hidden.extend(stream.embeddings(parts))
@@ -181,7 +191,7 @@ def _nll(
         total = 0.0
         for tokens, logits in zip(parts, stream.logits(parts, hidden), strict=True):
             chances = logits[:, :-1].float().log_softmax(-1)
-            total -= float(chances.gather(-1, tokens[:, 1:, None]).double().sum())
+            total -= float(chances.gather(-1, tokens[:, 1:, None].to(device)).double().sum())
     return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 

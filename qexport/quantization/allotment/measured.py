@@ -38,10 +38,11 @@ def losses_of(
     inputs: Mapping[str, str],
     memory: int,
     directory: Path,
+    device: torch.device,
     on_event: OnEvent,
 ) -> Losses:
     """Nats a token for each layer of `grids` on each of its grids; measured on some of the token ids
-    [samples, length], see `measure_losses`, unless the cache has them.
+    [samples, length], see `measure_losses`, unless the cache has them: those of one device serve any other.
 
     `inputs` are the hashes of what the model is made of. The cache is a file in
     ~/.cache/qexport/sensitivities for each model, text and set of candidates; one that cannot be written is
@@ -59,6 +60,7 @@ def losses_of(
         windows,
         memory=memory,
         directory=directory,
+        device=device,
         on_event=on_event,
     )
     content = {name: {str(candidate): loss for candidate, loss in own.items()} for name, own in found.items()}

@@ -29,6 +29,7 @@ from torch import nn
 from qexport.calibrate.hessian import InputStatistics, adding
 from qexport.calibrate.windows import batches
 from qexport.checkpoint.checkpoint import Checkpoint
+from qexport.devices import CPU
 from qexport.errors import NonFiniteError
 from qexport.events import OnEvent
 from qexport.grids.grid import Grid, SelfFitting
@@ -68,6 +69,7 @@ def measure_losses(
     *,
     memory: int,
     directory: Path,
+    device: torch.device = CPU,
     seed: int = 0,
     on_event: OnEvent,
 ) -> dict[str, dict[Candidate, float]]:
@@ -76,11 +78,12 @@ def measure_losses(
     For calibrated solvers a quarter of the windows gets gradients and the others make the Hessians: on the
     Hessian's own tokens codes look better than they are, the more so the more inputs a layer has.
 
-    Of a block at a time, holds the errors D of all candidates, in bf16, beside what `backward` holds. The
-    passes over the model are one forward, one backward, and one forward a candidate; each candidate is
-    solved once. Raises NonFiniteError that names a layer whose inputs are not finite, StorageError.
+    Of a block at a time, holds the errors D of all candidates, in bf16, beside what `backward` holds: on
+    `device`, where the model runs; codes are chosen on the CPU. The passes over the model are one forward,
+    one backward, and one forward a candidate; each candidate is solved once. Raises
+    NonFiniteError that names a layer whose inputs are not finite, StorageError.
     """
-    stream = BlockStream(skeleton, checkpoint)
+    stream = BlockStream(skeleton, checkpoint, device=device)
     cut = len(windows)
     if method.calibrated and cut > 1:
         cut = -(-cut // _GRADED)
@@ -130,7 +133,7 @@ class _Watcher:
                 self._layers[layer.inner] = layer
                 weight = weight_of(block, layer)
                 self._errors[layer.inner] = [
-                    (grid.decode(solve(weight, grid)) - weight).to(torch.bfloat16)
+                    (grid.decode(solve(weight, grid)) - weight).to(torch.bfloat16).to(self.stream.device)
                     for grid in self.grids[layer.name].values()
                 ]
                 self._sums[layer.inner] = torch.zeros(len(self._errors[layer.inner]), dtype=torch.float64)

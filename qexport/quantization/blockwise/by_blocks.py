@@ -13,7 +13,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from qexport.calibrate.windows import batches
+from qexport.devices import CPU
 from qexport.events import OnEvent
 from qexport.modeling.activations import Activations
 from qexport.modeling.blocks import BlockStream
@@ -30,10 +33,11 @@ _STORES_A_BLOCK = 4  # of a dense block's layers, by their inputs
 
 @dataclass
 class BlockQuantizer:
-    """Runs plans of one model over its calibration windows.
+    """Runs plans of one model over its calibration windows, the model on `device`.
 
-    Holds one block and a copy of it, its statistics, and `memory` bytes of hidden states; the rest of these
-    lies in a temporary file in `directory`.
+    Holds one block and a copy of it (with that of the block before where two are tuned together), its
+    statistics, and `memory` bytes of hidden states; the rest of these lies in a temporary file in
+    `directory`. On the device lie blocks, statistics and one batch; hidden states and codes are the CPU's.
     """
 
     lanes: Sequence[Lane]
@@ -41,6 +45,7 @@ class BlockQuantizer:
     memory: int
     directory: Path
     on_event: OnEvent
+    device: torch.device = CPU
 
     def run(self) -> None:
         """Solves every layer of every block for each lane, and writes it.
@@ -58,7 +63,7 @@ class BlockQuantizer:
     def _pass(self, lanes: Sequence[Lane], remarks: Remarks, *, rounded: bool) -> None:
         """Once through the model."""
         plan = lanes[0].plan
-        stream = BlockStream(plan.skeleton, plan.checkpoint, rounded=rounded)
+        stream = BlockStream(plan.skeleton, plan.checkpoint, rounded=rounded, device=self.device)
         tokens = batches(self.data.windows, _BATCH_TOKENS)
         following = [lane for lane in lanes if lane.method.follows]
         # the full model's before a block and, if it is followed, after it and within it; and the lanes' own

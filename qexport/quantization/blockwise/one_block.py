@@ -1,4 +1,8 @@
-"""One lane's work on one block: scales are moved, codes chosen, the block tuned, and all of it written."""
+"""One lane's work on one block: scales are moved, codes chosen, the block tuned, and all of it written.
+
+The block runs, and is tuned, on its stream's device. Scales and codes are chosen on the CPU, by compiled
+loops: what they need of weights and statistics comes there, and decoded weights go back into the block.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +92,7 @@ class OneBlock:
             for name, tensor in self._lane.plan.layer_tensors(layer.name, codes).items():
                 self._lane.write(name, tensor)
         for _, name, stored in self._plain(self._moved):
-            self._lane.write(name, stored)
+            self._lane.write(name, stored.cpu())
             self._lane.rewritten.add(name)
 
     def _propagate(self, hidden: Activations) -> None:
@@ -118,8 +122,9 @@ class OneBlock:
                 add(inner, x)
                 if inner in self._full.inputs:
                     divided, then = self._divided.get(inner), self._full.inputs[inner][number]
-                    cross = crosses.setdefault(inner, CrossMoment(x.shape[-1]))
-                    cross.add(then if divided is None else then / divided, x)
+                    if inner not in crosses:
+                        crosses[inner] = CrossMoment(x.shape[-1], x.device)
+                    crosses[inner].add(then if divided is None else then / divided.to(then.device), x)
 
             self._stream.inputs(self._index, self._now[number], wanted, see, block=self._block)
         return [_Inputs(seen.pop(inner, None), crosses.pop(inner, None)) for inner in wanted]

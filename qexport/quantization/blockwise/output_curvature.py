@@ -28,7 +28,8 @@ _TOKENS = 1 << 15  # that are enough for matrices of this size
 
 @dataclass(frozen=True)
 class BlockCurvature:
-    """Of one block: `block` fp32 [hidden, hidden], of what it puts out, with a mean diagonal of 1."""
+    """Of one block: `block` fp32 [hidden, hidden], of what it puts out, with a mean diagonal of 1, where it
+    runs; those of `layers` on the CPU, where codes are chosen."""
 
     block: torch.Tensor
     layers: dict[str, torch.Tensor]
@@ -88,10 +89,11 @@ class OutputCurvatures:
         """Of the backward pass: keeps the block's matrices."""
         for inner, sums in self._sums.items():
             self._where[index, inner] = len(self._kept)
-            self._kept.append(usable_outputs(sums, _DAMP, self._outs[inner]))
+            self._kept.append(usable_outputs(sums, _DAMP, self._outs[inner]).cpu())
         self._sums.clear()
 
     def of_block(self, index: int) -> BlockCurvature:
         """The curvatures of a block that was gone through."""
+        assert self._stream is not None  # noqa: S101 - `gather` set it
         found = {inner: self._kept[where] for (at, inner), where in self._where.items() if at == index}
-        return BlockCurvature(found.pop("")[0], found)
+        return BlockCurvature(found.pop("")[0].to(self._stream.device), found)

@@ -85,7 +85,7 @@ def tune_blocks(
     `now` are those that the first of them gets, and `cost` tells what it costs to put out others. The blocks
     are left as tuned where batches that were held out gain by it, and otherwise as they were.
     """
-    tuners = [_Tuner(block) for block in blocks]
+    tuners = [_Tuner(block, stream.device) for block in blocks]
     numbers = list(range(len(now)))
     held = numbers[::_HELD_OUT] if len(numbers) >= _FEW else []
     learned = [number for number in numbers if number not in held]
@@ -124,15 +124,19 @@ def tune_blocks(
 
 
 class _Tuner:
-    """A block's tensors as functions of what is tuned."""
+    """A block's tensors as functions of what is tuned, all on `device`, where the block lies; codes and what
+    becomes of them on the CPU."""
 
-    def __init__(self, tunable: Tunable) -> None:
+    def __init__(self, tunable: Tunable, device: torch.device) -> None:
         self.index, self._block, self._keep = tunable.index, tunable.module, tunable.keep
         solved, free = tunable.solved, tunable.free
         self._layers = {inner: one for inner, one in solved.items() if isinstance(one[2], Scalable)}
-        self._decoded = {inner: grid.decode(codes) for inner, (_, codes, grid) in self._layers.items()}
+        self._device = device
+        self._decoded = {
+            inner: grid.decode(codes).to(device) for inner, (_, codes, grid) in self._layers.items()
+        }
         self._log_factors = {
-            inner: torch.zeros(_groups(decoded, self._layers[inner][2]), requires_grad=True)
+            inner: torch.zeros(_groups(decoded, self._layers[inner][2]), device=device, requires_grad=True)
             for inner, decoded in self._decoded.items()
         }
         parameters = dict(self._block.named_parameters())
@@ -183,8 +187,8 @@ class _Tuner:
         }
         for inner, (layer, codes, grid) in self._layers.items():
             assert isinstance(grid, Scalable)  # noqa: S101 - only such were taken
-            self._codes[inner] = grid.stretched(codes, self._log_factors[inner].exp())
-            weight = grid.decode(self._codes[inner])
+            self._codes[inner] = grid.stretched(codes, self._log_factors[inner].exp().cpu())
+            weight = grid.decode(self._codes[inner]).to(self._device)
             found[f"{inner}.weight"] = weight.t().contiguous() if layer.transposed else weight
         self._settled = found
 

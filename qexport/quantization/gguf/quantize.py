@@ -83,7 +83,7 @@ def prepare_gguf(
         trust_remote_code=trust_remote_code,
         on_event=on_event,
     )
-    device_of(spec.device or "cpu")
+    device_of(spec.device)
     parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
     described = general(source.path, config, parameters=parameters, name=source.name, base_model=source.base)
     told = {**described, **_carried(source), **metadata, **words.metadata}
@@ -167,7 +167,9 @@ def quantize_gguf(
         if data is not None and isinstance(spec, ImportanceSpec):
             layers = layer_inputs(plan.tensors)
             with Activations(spec.memory, out.parent) as hidden:
-                matrix = gather_importance(plan.checkpoint, plan.skeleton, data, layers, hidden, on_event)
+                matrix = gather_importance(
+                    plan.checkpoint, plan.skeleton, data, layers, hidden, on_event, _device(plan)
+                )
             data = None
         errors = _write_tensors(plan, output, matrix, data, out.parent, on_event)
         for name, content in modelfiles(source.path, prepared.vocabulary, models, on_event).items():
@@ -243,7 +245,7 @@ def _write_tensors(
 
 
 def _device(plan: GgufPlan) -> torch.device:
-    return device_of(plan.spec.device or "cpu")
+    return device_of(plan.spec.device)
 
 
 def _write_calibrated(
@@ -273,7 +275,7 @@ def _write_calibrated(
     names = ", ".join(variant.mix.name for variant in plan.variants)
     on_event(Started(f"gguf {names}", sum(len(lane.plan.grids) for lane in lanes), "layers"))
     memory = plan.spec.memory if isinstance(plan.spec, CalibrationSpec) else 0
-    BlockQuantizer(lanes, data, memory, directory, on_event).run()
+    BlockQuantizer(lanes, data, memory, directory, on_event, _device(plan)).run()
     on_event(Finished())
     return [_write_the_rest(plan, output, number, lane, held, on_event) for number, lane in enumerate(lanes)]
 
