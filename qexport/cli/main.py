@@ -39,8 +39,6 @@ ENVIRONMENT = {  # has to be there before torch is loaded
     # threads that wait by spinning lose most of their time to a busy neighbour (40 s became 20 s), and win
     # nothing on a quiet machine
     "OMP_WAIT_POLICY": "PASSIVE",
-    # large tensors in large pages: a seventh of GPTQ's time went into faults of small ones
-    "THP_MEM_ALLOC_ENABLE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
