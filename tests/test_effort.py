@@ -99,9 +99,7 @@ _NF4 = {"format": "bitsandbytes", "bits": 4, "group_size": 64}
 @pytest.mark.parametrize(
     ("efforts", "options"),
     [
-        (ALL[:2], _NF4),
-        # with outputs that depend on each other, codes of a codebook are looked at one by one, in torch
-        pytest.param(ALL, _NF4, marks=pytest.mark.slow),
+        (ALL, _NF4),
         (ALL[:2], {"type": ("q4_0",)}),
         pytest.param(ALL, {"type": ("q4_k_m",)}, marks=pytest.mark.slow),
     ],

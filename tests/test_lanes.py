@@ -27,8 +27,9 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "balanced": ("gptq", {"bits": 3, "group_size": 32, "effort": "balanced"}),
     "in order": (
         "gptq",
-        {"bits": 4, "group_size": 32, "act_order": "full", "static_groups": False, "skip": ("*.q_proj",)},
+        {"bits": 4, "group_size": 32, "act_order": "full", "static_groups": False, "skip": ("*.[qkv]_proj",)},
     ),
+    "followed": ("gptq", {"bits": 4, "group_size": 32, "skip": ("*.[qkv]_proj",)}),
     "best": ("gptq", {"bits": 2, "group_size": 32, "effort": "best"}),
     "awq": ("awq", {"bits": 4, "group_size": 64}),
     "awq+gptq": ("awq", {"solver": "awq+gptq", "format": "gptq", "bits": 3, "group_size": 32}),

@@ -32,6 +32,15 @@ def test_square_forms(inputs: int, fast: bool, monkeypatch: pytest.MonkeyPatch) 
     )
 
 
+@pytest.mark.parametrize(("mean", "rounded"), [(0.0, True), (0.5, True), (6.0, False), (30.0, False)])
+def test_moments_with_a_huge_direction_are_not_rounded(
+    mean: float, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "fast_in_bf16", lambda: True)
+    x = torch.randn(2000, 640, generator=torch.Generator().manual_seed(0)) + mean
+    assert (for_products(x.T @ x / len(x)).dtype == torch.bfloat16) is rounded
+
+
 def test_small_matrices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "fast_in_bf16", lambda: True)
     assert not worthwhile(torch.zeros(4, products.LARGE - 1))

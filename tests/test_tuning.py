@@ -28,6 +28,7 @@ from tests.zoo import zoo_model
 
 GRID = IntegerGrid(2, 32, "integer")
 BATCHES = 17  # numbers 0, 8 and 16 are held out
+NORMED = {"input_layernorm", "post_attention_layernorm"}
 NORMS = {"llama": "input_layernorm.weight", "gpt2": "ln_1.weight"}
 
 
@@ -174,6 +175,7 @@ def test_the_files_hold_the_blocks_as_they_were_tuned(
     def kept(stream: BlockStream, tunable: Sequence[Tunable], **options: Any) -> list[Tuned]:
         tuned = tune_blocks(stream, tunable, **options)
         windows.append([block.index for block in tunable])
+        assert all({name.rpartition(".")[0] for name in block.free} >= NORMED for block in tunable)
         for block, found in zip(tunable, tuned, strict=True):
             blocks[block.index] = state(block.module)
             changed.setdefault(block.index, set()).update(found.changed)

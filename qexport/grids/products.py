@@ -2,7 +2,8 @@
 
 A factor rounded to bf16 is off by 1 in 512 at most, each entry to either side. That is harmless where the
 factor is itself an average over calibration text, or an error whose sum over thousands of entries is wanted;
-it is not where a small difference of large products is.
+it is not where a small difference of large products is. In a second moment with a few huge directions (inputs
+far from 0 in the mean, or outliers) the rounding of these is larger than what the others hold: it stays fp32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+_DIRECTIONS = 4  # of a second moment that may be huge: the mean, and some outliers
 LARGE = 512  # inputs from which on products are what takes the time
 
 
@@ -30,9 +32,24 @@ def worthwhile(matrix: torch.Tensor) -> bool:
     return matrix.device.type == "cpu" and matrix.shape[-1] >= LARGE and fast_in_bf16()
 
 
-def for_products(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix` [in, in] as `multiply` takes it fastest: bf16 where that is worthwhile, else fp32."""
-    return matrix.to(torch.bfloat16 if worthwhile(matrix) else torch.float32)
+def for_products(moment: torch.Tensor) -> torch.Tensor:
+    """A second `moment` [in, in] as `multiply` takes it best: bf16 where that is worthwhile and its rounding
+    small beside all of its directions, else fp32."""
+    return moment.to(torch.bfloat16 if worthwhile(moment) and _even(moment) else torch.float32)
+
+
+def _even(moment: torch.Tensor) -> bool:
+    """Whether rounding is small beside what lies outside of the few largest directions. Entries off by up to
+    1 in 512, to either side, are a matrix of norm |M|_F / (256 sqrt(in)) or so."""
+    inputs = len(moment)
+    largest = moment.diagonal().topk(_DIRECTIONS - 1).indices
+    found = torch.cat((moment.sum(dim=1, keepdim=True), moment[:, largest]), dim=1)
+    for _ in range(2):  # of subspace iteration: a few directions that stand out are met at once
+        found = moment @ torch.linalg.qr(found).Q
+    held = float(torch.linalg.matrix_norm(found, "nuc"))
+    rest = max(float(moment.diagonal().sum()) - held, 0.0) / inputs
+    size = float(torch.linalg.matrix_norm(moment))
+    return bool(size / (256 * inputs**0.5) <= rest)
 
 
 def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -68,9 +68,10 @@ def shrunk_lines(values: torch.Tensor, grid: Grid, shrinks: Sequence[float]) -> 
     )
 
 
-def over_rows(rows: int, work: Callable[[int, int], Any]) -> list[Any]:
-    """Calls `work(begin, end)` on spans that cover so many rows, in as many threads as torch has."""
-    threads = min(torch.get_num_threads(), max(rows // _ROWS_AT_LEAST, 1))
+def over_rows(rows: int, work: Callable[[int, int], Any], at_least: int = _ROWS_AT_LEAST) -> list[Any]:
+    """Calls `work(begin, end)` on spans that cover so many rows, where there are several no fewer than
+    `at_least` each, in as many threads as torch has."""
+    threads = min(torch.get_num_threads(), max(rows // at_least, 1))
     bounds = [rows * number // threads for number in range(threads + 1)]
     if threads == 1:
         return [work(0, rows)]

@@ -18,7 +18,7 @@ import torch
 
 from qexport.errors import NonFiniteError, SpecError
 from qexport.grids.grid import Grid, group_width
-from qexport.grids.products import for_products, multiply, worthwhile
+from qexport.grids.products import multiply, worthwhile
 from qexport.solvers.cholesky import damped_factor
 from qexport.solvers.chosen import Chosen
 from qexport.solvers.evenly import code_range, divisible, kernels, over_rows
@@ -86,7 +86,7 @@ def toward_full_outputs(weight: torch.Tensor, cross: torch.Tensor, shape_of_loss
     grid may follow.
     """
     M, order = shape_of_loss.factor, shape_of_loss.order  # noqa: N806
-    B = multiply(weight.float(), for_products(cross)).t()  # noqa: N806
+    B = (weight.float() @ cross).t()  # noqa: N806
     B = B if order is None else B[order]  # noqa: N806
     B = torch.linalg.solve_triangular(M, B, upper=True)  # noqa: N806
     B = torch.linalg.solve_triangular(M.t(), B, upper=False)  # noqa: N806

@@ -1,5 +1,5 @@
 """Codes that are there already, made better: each one moved to its best place while the others stay, and
-scales fitted to their codes, in turns. No step makes the loss greater.
+scales fitted to their codes, in turns. No step makes the loss greater, but for what products are rounded.
 
 The loss is that of K-FAC (Martens & Grosse 2015): tr(G D H D^T), D the weight's error [out, in], H the second
 moment of the inputs, and G that of the loss's gradient by the outputs, as in YAQA (Tseng et al. 2025,
@@ -149,7 +149,9 @@ def _descend(
             return
         outputs = G.contiguous().numpy()
         over_rows(
-            len(G), lambda begin, end: compiled.descend(*arrays, outputs, *span, block.start, begin, end)
+            len(G),
+            lambda begin, end: compiled.descend(*arrays, outputs, *span, block.start, begin, end),
+            at_least=1,  # of many outputs each
         )
         return
     if G is None:

@@ -18,6 +18,7 @@ import torch
 from qexport.calibrate.windows import batches
 from qexport.devices import CPU
 from qexport.events import OnEvent
+from qexport.grids.products import fast_in_bf16
 from qexport.modeling.activations import Activations
 from qexport.modeling.blocks import BlockStream
 from qexport.modeling.calibration import CalibrationData
@@ -55,8 +56,9 @@ class BlockQuantizer:
         remarks = Remarks(self.data.tokens, self.on_event)
         remarks.few_tokens(self.lanes)
         # what a lane writes does not depend on those that go with it
+        quick = fast_in_bf16() and self.device.type == "cpu"
         for rounded in (True, False):
-            if lanes := [lane for lane in self.lanes if lane.rounded is rounded]:
+            if lanes := [lane for lane in self.lanes if (quick and lane.rounded) is rounded]:
                 self._pass(lanes, remarks, rounded=rounded)
         remarks.tell()
 

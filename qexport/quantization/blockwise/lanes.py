@@ -82,8 +82,8 @@ class Lane:
 
     @property
     def rounded(self) -> bool:
-        """Whether its passes may multiply in bf16: not those that follow what codes of many bits do to later
-        layers, which bf16 would hide."""
+        """Whether its passes may multiply in bf16, on a processor that is fast at it: not those that follow
+        what codes of many bits do to later layers, which bf16 would hide."""
         return not self.method.follows or all(grid.bits <= _ROUNDED for grid in self.plan.grids.values())
 
     def groups(self, stream: BlockStream, index: int) -> list[Group]:

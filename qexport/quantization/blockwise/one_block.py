@@ -56,6 +56,8 @@ class OneBlock:
         self._method, self._stream, self._index = lane.method, full.stream, full.index
         self._block = copy.deepcopy(full.module)
         self._curvature = full.curvature if lane.method.weighs_outputs else None
+        # not all that other lanes compare: what is written does not depend on those that go along
+        self._compared = frozenset(full.compared([lane]))
         self._divided: dict[str, torch.Tensor] = {}  # layer -> what its inputs have been divided by
         self._solved: dict[str, tuple[Layer, Any]] = {}
         self._moved: set[str] = set()  # inner names of what had to change for the codes
@@ -120,7 +122,7 @@ class OneBlock:
 
             def see(inner: str, x: torch.Tensor, number: int = number) -> None:
                 add(inner, x)
-                if inner in self._full.inputs:
+                if inner in self._compared:
                     divided, then = self._divided.get(inner), self._full.inputs[inner][number]
                     if inner not in crosses:
                         crosses[inner] = CrossMoment(x.shape[-1], x.device)
@@ -198,10 +200,9 @@ class OneBlock:
         blocks = [one for one in (self._previous, self) if one is not None]
         now = self._now if self._previous is None else self._lane.earlier
         assert now is not None  # noqa: S101 - there was a block before
+        tunable = [one._tunable() for one in blocks]  # before the head takes the blocks' place
         with self._cost() as cost:
-            tuned = tune_blocks(
-                self._stream, [one._tunable() for one in blocks], wanted=self._full.after, now=now, cost=cost
-            )
+            tuned = tune_blocks(self._stream, tunable, wanted=self._full.after, now=now, cost=cost)
         for one, found in zip(blocks, tuned, strict=True):
             for inner, codes in found.codes.items():
                 one._solved[inner] = one._solved[inner][0], codes

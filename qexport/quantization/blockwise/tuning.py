@@ -86,6 +86,8 @@ def tune_blocks(
     are left as tuned where batches that were held out gain by it, and otherwise as they were.
     """
     tuners = [_Tuner(block, stream.device) for block in blocks]
+    if not any(group["params"] for tuner in tuners for group in tuner.parameters()):
+        return [Tuned() for _ in tuners]
     numbers = list(range(len(now)))
     held = numbers[::_HELD_OUT] if len(numbers) >= _FEW else []
     learned = [number for number in numbers if number not in held]
