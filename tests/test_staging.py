@@ -19,9 +19,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qexport
-from qexport.checkpoint.staging import StagedDirectory, check_target_file, whole_file, write_file_atomically
+from qexport.checkpoint.staging import (
+    StagedDirectory,
+    check_target,
+    check_target_file,
+    whole_file,
+    write_file_atomically,
+)
 from qexport.errors import OutputExistsError, StorageError
 from qexport.events import Advanced, Event, Finished, Noted, Started
+from qexport.methods import FORMATS
 from qexport.specs import ShardSpec
 from tests.conftest import RunCli
 
@@ -248,6 +255,14 @@ def test_what_overwrite_does_not_replace(tmp_path: Path, cli: RunCli) -> None:
     assert content(tmp_path) == before
     assert link.is_symlink()
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_a_format_writes_may_be_replaced(name: str, tmp_path: Path) -> None:
+    out = small(tmp_path / "out")
+    for file in FORMATS[name].module.extra_files({"quantization_config": {}}):
+        (out / file).write_text("{}")
+    check_target(out, overwrite=True)
 
 
 def test_an_empty_directory_may_be_the_output(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ _MODEL_FILES = (
     "pytorch_model.bin.index.json",
     "config.json",
     "qexport.json",
+    "quant_config.json",  # AWQ's second config
     "bits_plan.json",
     "README.md",
     "loss_vs_bits.png",  # the model card's
