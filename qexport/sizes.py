@@ -50,6 +50,12 @@ def format_size(size: float) -> str:
     return f"{size:.3g} TB" if abs(size) < 999.5 else f"{size:.0f} TB"
 
 
+def format_share(share: float) -> str:
+    """`share` in per cent, as many digits as tell: 3%, 0.0001%, 12.35%."""
+    percent = 100 * share
+    return f"{percent:.4g}%" if abs(percent) < 9999.5 else f"{percent:.0f}%"
+
+
 def parse_share(text: str | float) -> float:
     """A share as a fraction: `8%` and `0.08` are both 0.08.
 

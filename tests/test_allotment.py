@@ -17,6 +17,7 @@ import qexport
 from qexport.errors import GateError, SpecError
 from qexport.events import Event, Noted, Started, ignore
 from qexport.formats.opening import open_checkpoint
+from qexport.graph.recipe import ExportRecipe
 from qexport.modeling.skeleton import build_skeleton
 from qexport.modeling.tokenizer import load_tokenizer
 from qexport.quantization.allotment.budget import (
@@ -32,7 +33,7 @@ from qexport.quantization.allotment.make import perplexity_rise, write_plan
 from qexport.quantization.allotment.plan_file import PLAN_FILE, BitsPlan, LayerPlan
 from qexport.quantization.allotment.sensitivity import measure_losses
 from qexport.quantization.plan import plan_quantization
-from qexport.specs import AnyQuantizeSpec, spec_of
+from qexport.specs import AnyQuantizeSpec, VerifySpec, spec_of
 from tests.conftest import RunCli, shared
 from tests.tiny import calibration_windows, in_transformers, logits, tiny_model
 from tests.zoo import ZOO
@@ -255,6 +256,36 @@ def test_what_was_measured_is_not_measured_again(model: Path, text: Path, tmp_pa
     )
     assert times() == 3
     assert again == first
+    for file in (tmp_path / "cache").rglob("*.json"):
+        if file.read_text() == "no JSON":
+            file.unlink()  # that of the other text
+    for number, broken in enumerate((None, math.nan, 10**400), start=4):
+        for file in (tmp_path / "cache").rglob("*.json"):
+            content = json.loads(file.read_text())
+            name = next(iter(content["losses"]))
+            if broken is None:
+                del content["losses"][name]
+            else:
+                content["losses"][name] = dict.fromkeys(content["losses"][name], broken)
+            file.write_text(json.dumps(content))
+        again = write_plan(
+            model, tmp_path / "a.json", budgeted(text, bits=3.5), overwrite=True, on_event=events.append
+        )
+        assert times() == number
+        assert again == first
+
+
+def test_a_group_size_beside_a_budget_is_told_what_it_is_for(model: Path, text: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    for name, budget in (("a", {"bits": 3.5}), ("b", {"target_size": "300kB"})):
+        write_plan(
+            model,
+            tmp_path / name,
+            budgeted(text, **budget),
+            on_event=lambda event: notes.append(event.text) if isinstance(event, Noted) else None,
+        )
+    told = [note for note in notes if "--group-size 32" in note]
+    assert ["sets the size" in note for note in told] == [True, False]
 
 
 def test_a_plan_is_edited_and_passed_back(model: Path, text: Path, tmp_path: Path) -> None:
@@ -275,7 +306,14 @@ def test_a_plan_is_edited_and_passed_back(model: Path, text: Path, tmp_path: Pat
         override=["*.0.self_attn.o_proj=8:32"],
         skip=["*.1.self_attn.o_proj"],
     )
-    result = qexport.quantize(model, tmp_path / "out", spec)
+    notes: list[str] = []
+    result = qexport.quantize(
+        model,
+        tmp_path / "out",
+        spec,
+        on_event=lambda event: notes.append(event.text) if isinstance(event, Noted) else None,
+    )
+    assert [note for note in notes if "does not name 10 of" in note and "they get 4 bits" in note]
     bits = {error.tensor: error.bits for error in result.tensors}
     assert bits.pop(name) == 8
     assert bits.pop("model.layers.0.mlp.down_proj") == 2
@@ -302,6 +340,11 @@ def test_a_plan_is_edited_and_passed_back(model: Path, text: Path, tmp_path: Pat
         ({"model.layers.0.mlp.down_proj": {"bits": "four"}}, "four"),
         ({"model.layers.0.mlp.down_proj": 4}, "down_proj has 4"),
         (["model.layers.0.mlp.down_proj"], "has no 'layers'"),
+        ({}, "has no 'layers'"),
+        ({"model.layers.0.mlp.down_proj": {"bits": 4, "group_size": 0}}, '"group_size": 0'),
+        ({"model.layers.0.mlp.down_proj": {"bits": 4, "group_size": -2}}, '"group_size": -2'),
+        ({"model.layers.0.mlp.down_proj": {"bits": 4, "group_size": 32.0}}, '"group_size": 32.0'),
+        ({"model.layers.0.mlp.down_proj": {"bits": 0, "group_size": 32}}, '"bits": 0'),
     ],
 )
 def test_plans_that_do_not_fit_are_refused_in_a_line(
@@ -357,6 +400,8 @@ def test_a_loss_is_promised_on_samples_held_out(
     assert any("held out" in note for note in notes)
     with pytest.raises(SpecError, match="predicted to rise"):
         qexport.quantize(model, tmp_path / "0", budgeted(text, max_loss="0.0000001%"))
+    with pytest.raises(SpecError, match=r"--max-loss 0\.0001%"):
+        qexport.quantize(model, tmp_path / "0", budgeted(text, max_loss="0.0001%"))
     # a prediction that is too good: more bits are given, and again, and then it is said
     sizes: list[int] = []
 
@@ -368,6 +413,35 @@ def test_a_loss_is_promised_on_samples_held_out(
     with pytest.raises(GateError, match="after 3 rounds"):
         qexport.quantize(model, tmp_path / "never", budgeted(text, max_loss="10%"))
     assert sizes[0] < sizes[1] < sizes[2]
+
+
+@pytest.mark.parametrize(
+    ("rise", "told"),
+    [
+        (0.2, "after 3 rounds the perplexity rises by 20%; at most 10%"),
+        (1e9, "after 2 rounds the perplexity rises by"),  # no bits are left to give
+        (math.nan, "after 1 round the perplexity is no number"),
+    ],
+)
+def test_what_loses_too_much_never_stands(
+    rise: float, told: str, model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it at a second call, nor in the place of what was there."""
+    monkeypatch.setattr("qexport.quantization.quantize.perplexity_rise", lambda *args, **options: rise)
+    spec = budgeted(text, max_loss="10%", effort="fast")
+    verify = VerifySpec(text=str(text), window=32, max_documents=4)
+    recipe = ExportRecipe(base=str(model), output=str(tmp_path / "report"), quantize=(spec,), verify=verify)
+    for _ in range(2):
+        with pytest.raises(GateError, match="nothing is written to"):
+            qexport.export(recipe)
+    qexport.quantize(model, tmp_path / "out", spec_of("rtn"))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(GateError, match=told):
+        qexport.quantize(model, tmp_path / "out", spec, overwrite=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+    left = [path.name for path in tmp_path.rglob("*gptq*") if "cache" not in path.parts]
+    assert not left
+    assert not [path.name for path in tmp_path.rglob(".*")]
 
 
 def open_size(path: Path) -> int:

@@ -320,6 +320,23 @@ def test_options_go_where_they_are_known() -> None:
     assert not said
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--method", "gptq,awq", "--bits", "3.5"), "in an AWQ checkpoint"),
+        (("--method", "gptq", "--bits", "1.5"), "an average from 2 to 8"),
+    ],
+)
+def test_budgets_that_cannot_be_are_told_at_once(
+    options: tuple[str, ...], told: str, llama: Path, text: Path, tmp_path: Path, cli: RunCli
+) -> None:
+    for dry in (("--dry-run",), ()):
+        code, _, stderr = cli("compare", llama, "-o", tmp_path / "out", *options, "--text", text, *dry)
+        assert code == 2, stderr
+        assert told in " ".join(stderr.split())
+        assert not (tmp_path / "out").exists()
+
+
 def test_reports_render_again_merge_and_compare(
     run: Path, tmp_path: Path, cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,17 @@ def test_one_pass_for_what_shares_a_text(llama: Path, text: Path, tmp_path: Path
     assert passes == ["gptq 4 bits, gptq 3 bits", "rtn 4 bits", "gptq 2 bits"]
 
 
+@pytest.mark.parametrize("bits", ["3.5,4", "4,3.5"])
+def test_an_average_beside_a_width(bits: str, llama: Path, text: Path, tmp_path: Path, cli: RunCli) -> None:
+    """An average is measured and planned, whatever goes with it."""
+    options = ("--method", "gptq", "--group-size", "32", "--calibration", text, *TEXT)
+    code, _, stderr = cli("quantize", llama, "-o", tmp_path / "out", *options, "--bits", bits)
+    assert code == 0, stderr
+    planned = [path.parent.name for path in (tmp_path / "out").glob("*/bits_plan.json")]
+    assert planned == ["gptq-3.5bit-g32"]
+    assert len({file_hash(file) for file in (tmp_path / "out").glob("*/*.safetensors")}) == 2
+
+
 def test_all_of_a_pass_or_none(
     llama: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +114,13 @@ def test_all_of_a_pass_or_none(
         (("--method", "gptq,awq", "--plan-only"), "--plan-only with several outputs"),
         (("--method", "gptq,awq", "--quant-type", "nf4"), "no nf4"),
         (("--method", "rtn,bnb", "--damp", "0.1"), "--damp is no option of rtn, bnb"),
+        (("--method", "rtn,hqq", "--device", "cpu"), "--device is no option of rtn, hqq"),
+        # what only a later one runs into
+        (("--method", "rtn,awq", "--bits", "3.5", "--group-size", "32"), "in an AWQ checkpoint"),
+        (("--method", "rtn,eetq", "--target-size", "300KB"), "eetq has one grid"),
+        (("--method", "rtn,hqq", "--target-size", "1KB"), "the smallest that"),
+        (("--method", "rtn,awq", "--calibration", "nowhere.txt"), "nowhere.txt"),
+        (("--method", "rtn,awq", "--device", "cuda:99"), "--device cuda:99"),
     ],
 )
 def test_what_cannot_be(
@@ -113,6 +131,27 @@ def test_what_cannot_be(
     assert told in " ".join(stderr.split())
     assert "Traceback" not in stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_device_goes_to_those_that_run_a_model(
+    llama: Path, text: Path, tmp_path: Path, cli: RunCli
+) -> None:
+    out = tmp_path / "out"
+    options = ("--method", "gptq,hqq", "--device", "cpu", "--effort", "fast", "--calibration", text, *TEXT)
+    code, _, stderr = cli("quantize", llama, "-o", out, *options)
+    assert code == 0, stderr
+    assert sorted(path.name for path in out.iterdir()) == ["gptq-4bit-fast", "hqq-4bit"]
+
+
+@pytest.mark.parametrize(
+    "options", [("--method", "hqq", "--effort", "best"), ("--method", "mlx", "--memory", "1KB")]
+)
+def test_only_options_are_offered(options: tuple[str, ...], tmp_path: Path, cli: RunCli) -> None:
+    code, _, stderr = cli("quantize", tmp_path, "-o", tmp_path / "out", *options)
+    assert code == 2
+    offered = stderr.split("it takes ")[1]
+    assert "--solver" in offered
+    assert "--average-bits" not in offered
 
 
 def test_what_stands_is_not_replaced(llama: Path, tmp_path: Path, cli: RunCli) -> None:

@@ -147,7 +147,11 @@ def make_spec(spec: type[SpecType], given: dict[str, Any], what: str = "") -> Sp
     values = {name: value for name, value in given.items() if value is not None and value != ()}
     foreign = [name for name in values if name not in spec.model_fields]
     if foreign:
-        own = [_flag(name) for name in spec.model_fields if name != "method"]
+        own = [
+            _flag(name)
+            for name, field in spec.model_fields.items()
+            if field.description or name == "solver"  # the others are no options
+        ]
         near = difflib.get_close_matches(_flag(foreign[0]), own, n=1)
         raise SpecError(
             f"{_flag(foreign[0])} is no option of {what}",

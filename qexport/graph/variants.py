@@ -102,6 +102,9 @@ def _spec(
         heeded = {name: options[name] for name in options if method == _GGUF and name in _HEEDED}
         bare = spec_of(method, solver=solver, **asked, **({} if solver else heeded))
         own = {name: value for name, value in options.items() if name in type(bare).model_fields}
+        format_of = options.get("format", bare.format)
+        if "device" in own and format_of != _GGUF and not isinstance(bare, CalibrationSpec):
+            del own["device"]  # no model runs, and none but GGUF's blocks are encoded there
         if method == _GGUF:
             own = {name: value for name, value in own.items() if name not in ("group_size", "symmetric")}
         spec = spec_of(method, solver=solver or bare.solver, **asked, **own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,17 +13,25 @@ from qexport.checkpoint.hashing import file_hash
 from qexport.checkpoint.manifest import Recipe, fingerprint
 from qexport.checkpoint.staging import check_target
 from qexport.devices import device_of
-from qexport.errors import GateError
+from qexport.errors import GateError, SpecError
 from qexport.events import Noted, OnEvent, ignore
 from qexport.formats.gguf.text_model import is_multimodal
 from qexport.methods import FORMATS
 from qexport.modeling.calibration import calibration_fingerprints, check_calibration
 from qexport.modeling.skeleton import Skeleton, build_skeleton
-from qexport.quantization.allotment.make import ROUNDS, perplexity_rise, planned, told, uniform_size
+from qexport.quantization.allotment.make import (
+    ROUNDS,
+    Planned,
+    perplexity_rise,
+    planned,
+    told,
+    uniform_size,
+)
 from qexport.quantization.plan import plan_quantization
 from qexport.quantization.source import Source, opened_source, text_source
 from qexport.quantization.together import Job, shareable, write_together
 from qexport.results import QuantizeResult
+from qexport.sizes import format_share
 from qexport.specs import AnyQuantizeSpec, CalibrationSpec, ImportanceSpec
 
 GGUF = "gguf"
@@ -68,7 +77,8 @@ def quantize(
     time; codes are chosen on the CPU (in GGUF without data: on the device). The inputs are not changed.
 
     Raises InputError for what cannot be read or does not fit, NonFiniteError before the long work (in GGUF
-    without data: as it comes), MissingDependencyError, OutputExistsError, StorageError.
+    without data: as it comes), MissingDependencyError, OutputExistsError, StorageError, and GateError where
+    the spec's max_loss is not kept to: then nothing is written.
     """
     check_target(Path(out), overwrite=overwrite)  # again, with the inputs known, before anything is written
     with opened_source(
@@ -104,13 +114,21 @@ def quantize_several(
     """As `quantize`, for each directory its spec. Calibrated ones of the same text are made in one pass: the
     model is read once, and what they can share of each block's statistics is gathered once.
 
-    All outputs of a pass appear together, when all are whole. Raises as `quantize` does.
+    All outputs of a pass appear together, when all are whole. Every spec is checked before the first pass.
+    Raises as `quantize` does.
     """
     for out in outs:
         check_target(out, overwrite=overwrite)
     options = {"overwrite": overwrite, "trust_remote_code": trust_remote_code}
     results: dict[Path, QuantizeResult] = {}
-    for group in _passes(outs):
+    passes = _passes(outs)
+    for group in passes:
+        specs = [spec for _, spec in group]
+        with opened_source(
+            source, adapters, specs[0], trust_remote_code=trust_remote_code, on_event=ignore
+        ) as opened:
+            _check(opened, specs, trust_remote_code=trust_remote_code)
+    for group in passes:
         if len(group) == 1:
             out, spec = group[0]
             results[out] = quantize(source, out, spec, adapters=adapters, on_event=on_event, **options)
@@ -130,17 +148,38 @@ def _recipe_of(opened: Source, spec: AnyQuantizeSpec) -> Recipe:
     return _recipe(opened.inputs(), spec)
 
 
+def _check(source: Source, specs: Sequence[AnyQuantizeSpec], *, trust_remote_code: bool) -> None:
+    """Raises the InputError that `quantize` would, as far as it shows without reading a tensor."""
+    if specs[0].format == GGUF:
+        from qexport.quantization.gguf.quantize import prepare_gguf  # its packages are an extra
+
+        text, skeleton = text_source(source, specs[0], trust_remote_code=trust_remote_code, on_event=ignore)
+        prepare_gguf(text, skeleton, specs[0], trust_remote_code=trust_remote_code, on_event=ignore)
+        return
+    skeleton = build_skeleton(source.path, trust_remote_code=trust_remote_code)
+    for spec in specs:
+        planned_size(source.checkpoint, skeleton, spec)
+
+
 def _passes(outs: Mapping[Path, AnyQuantizeSpec]) -> list[list[tuple[Path, AnyQuantizeSpec]]]:
     """The outputs, those together that one pass makes."""
     groups: list[list[tuple[Path, AnyQuantizeSpec]]] = []
     for out, spec in outs.items():
-        alone = spec.format == GGUF or spec.budget or spec.plan
-        fitting = [group for group in groups if not alone and shareable(group[0][1], spec)]
+        fitting = (
+            []
+            if _alone(spec)
+            else [group for group in groups if not _alone(group[0][1]) and shareable(group[0][1], spec)]
+        )
         if fitting:
             fitting[0].append((out, spec))
         else:
             groups.append([(out, spec)])
     return groups
+
+
+def _alone(spec: AnyQuantizeSpec) -> bool:
+    """Whether an output has passes of its own: one that is measured before."""
+    return spec.format == GGUF or bool(spec.budget or spec.plan)
 
 
 def _planned(
@@ -152,43 +191,77 @@ def _planned(
     trust_remote_code: bool,
     on_event: OnEvent,
 ) -> QuantizeResult:
-    """A job whose spec has a budget or a plan. --max-loss is measured and, where the prediction was too good,
-    quantized again with more bits, some rounds at most."""
+    """A job whose spec has a budget or a plan. --max-loss is measured before the output has its name and,
+    where the prediction was too good, quantized again with more bits, some rounds at most."""
     spec, out = job.spec, job.out
     made = planned(source, skeleton, spec, out.parent, trust_remote_code=trust_remote_code, on_event=on_event)
-    limit, rise = spec.max_loss, None
-    for number in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
         on_event(told(made.plan))
-        (result,) = write_together(
-            source,
-            skeleton,
-            [replace(job, spec=made.spec, made=made)],
-            overwrite=overwrite or number > 0,
-            trust_remote_code=trust_remote_code,
-            on_event=on_event,
-        )
-        if limit is None or made.held_out is None:
+        gate = partial(_gate, source, spec, made, trust_remote_code=trust_remote_code, on_event=on_event)
+        try:
+            (result,) = write_together(
+                source,
+                skeleton,
+                [replace(job, spec=made.spec, made=made, gate=gate)],
+                overwrite=overwrite,
+                trust_remote_code=trust_remote_code,
+                on_event=on_event,
+            )
+        except _TooLossyError as lossy:
+            rise = lossy.rise
+        else:
+            return result
+        if math.isnan(rise):
             break
-        memory = spec.memory if isinstance(spec, CalibrationSpec) else CalibrationSpec().memory
-        rise = perplexity_rise(
-            source,
-            out,
-            made.held_out,
-            memory=memory,
-            device=device_of(spec.device),
-            trust_remote_code=trust_remote_code,
-        )
-        on_event(Noted(f"perplexity on calibration samples held out: {rise:+.2%}, allowed {limit:.2%}"))
-        if rise <= limit or number + 1 == ROUNDS:
-            break
-        made = made.tightened(rise)
-    if limit is not None and rise is not None and rise > limit:
-        raise GateError(
-            f"{out} is written, but its perplexity rises by {rise:.2%} after {ROUNDS} rounds",
-            expected=f"at most {limit:.2%} (--max-loss)",
-            remedy="a smaller --max-loss aims lower; --bits and --target-size promise no loss",
-        )
-    return result
+        if number < ROUNDS:
+            try:
+                made = made.tightened(rise)
+            except SpecError:  # every layer has the most that it can have, or nearly
+                break
+    raise GateError(
+        f"nothing is written to {out}: after {number} round{'s' if number > 1 else ''} the perplexity "
+        + ("is no number" if math.isnan(rise) else f"rises by {format_share(rise)}"),
+        expected=f"at most {format_share(spec.max_loss or 0.0)} (--max-loss)",
+        remedy="allow more, or take another format; --bits and --target-size promise no loss",
+    )
+
+
+class _TooLossyError(Exception):
+    """A round's output that raises the perplexity by more than --max-loss."""
+
+    def __init__(self, rise: float) -> None:
+        self.rise = rise
+        super().__init__(rise)
+
+
+def _gate(
+    source: Source,
+    spec: AnyQuantizeSpec,
+    made: Planned,
+    directory: Path,
+    *,
+    trust_remote_code: bool,
+    on_event: OnEvent,
+) -> None:
+    """Raises _TooLossyError when the model in `directory` loses more than the spec's max_loss."""
+    if spec.max_loss is None or made.held_out is None:
+        return
+    rise = perplexity_rise(
+        source,
+        directory,
+        made.held_out,
+        memory=spec.memory if isinstance(spec, CalibrationSpec) else CalibrationSpec().memory,
+        device=device_of(spec.device),
+        trust_remote_code=trust_remote_code,
+    )
+    allowed = format_share(spec.max_loss)
+    on_event(Noted(f"perplexity on calibration samples held out: {_signed(rise)}, allowed {allowed}"))
+    if not rise <= spec.max_loss:  # so that NaN does not pass
+        raise _TooLossyError(rise)
+
+
+def _signed(share: float) -> str:
+    return ("+" if share >= 0 else "") + format_share(share)
 
 
 def planned_size(

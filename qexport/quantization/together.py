@@ -31,12 +31,17 @@ from qexport.specs import AnyQuantizeSpec, CalibrationSpec
 
 @dataclass(frozen=True)
 class Job:
-    """One output: where, how, what determines it, and the allotment of bits that it follows, if any."""
+    """One output: where, how, what determines it, and the allotment of bits that it follows, if any.
+
+    `gate` gets the finished directory before it has its name: what it raises leaves nothing of the output,
+    and what stood there as it was.
+    """
 
     out: Path
     spec: AnyQuantizeSpec
     recipe: Callable[[], Recipe]
     made: Planned | None = None
+    gate: Callable[[Path], None] | None = None
 
 
 def shareable(one: AnyQuantizeSpec, other: AnyQuantizeSpec) -> bool:
@@ -105,6 +110,12 @@ def write_together(
 
 def _writer(source: Source, job: Job, plan: Plan, overwrite: bool, on_event: OnEvent) -> CheckpointWriter:
     spec, module = job.spec, plan.method.format
+
+    def finish(directory: Path) -> None:
+        module.finish(directory)
+        if job.gate:
+            job.gate(directory)
+
     writer = CheckpointWriter(
         job.out,
         plan.infos,
@@ -112,7 +123,7 @@ def _writer(source: Source, job: Job, plan: Plan, overwrite: bool, on_event: OnE
         recipe=job.recipe,
         max_shard_size=spec.max_shard_size,
         sidecars=sidecars_of(source.path),
-        finish=module.finish,
+        finish=finish,
         copies=FORMATS[spec.format].copies,
         sources=source.directories,
         overwrite=overwrite,

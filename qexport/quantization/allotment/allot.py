@@ -13,8 +13,8 @@ from typing import get_args
 import torch
 
 from qexport.checkpoint.checkpoint import Checkpoint
-from qexport.errors import SpecError
-from qexport.events import OnEvent, ignore
+from qexport.errors import SpecError, first_of
+from qexport.events import Noted, OnEvent, ignore
 from qexport.grids.grid import Grid
 from qexport.methods import FORMATS, Method, grid_wish
 from qexport.modeling.blocks import BlockStream
@@ -40,7 +40,7 @@ from qexport.quantization.allotment.plan_file import BitsPlan, LayerPlan, read_p
 from qexport.quantization.allotment.sensitivity import measured_windows
 from qexport.quantization.choice import FULL, chosen_bits, parse_override
 from qexport.quantization.plan import Plan, plan_quantization
-from qexport.sizes import format_size
+from qexport.sizes import format_share, format_size
 from qexport.specs import AnyQuantizeSpec, Bits
 
 
@@ -86,8 +86,8 @@ class Allotment:
             if chosen is None:
                 best = math.expm1(sum(min(option.loss for option in unit) for unit in costs))
                 raise SpecError(
-                    f"--max-loss {self.spec.max_loss:.3%}: with the most bits that {self.spec.format} "
-                    f"has, the perplexity is predicted to rise by {best:.3%}",
+                    f"--max-loss {format_share(self.spec.max_loss)}: with the most bits that "
+                    f"{self.spec.format} has, the perplexity is predicted to rise by {format_share(best)}",
                     expected="more than that",
                 )
         else:
@@ -189,18 +189,8 @@ def prepare(
 
     Raises SpecError where the format has but one grid, or none that may differ from layer to layer.
     """
-    uniform = plan_quantization(checkpoint, skeleton, without_budget(spec), ignore)
-    stream = BlockStream(uniform.skeleton, checkpoint)
-    own = chosen_bits([*uniform.grids, *uniform.left], _other_bits(spec))
-    wanted = [name for name in uniform.grids if name not in uniform.alone and name not in own]
-    all_grids = grids_to_try(uniform.method)
-    grids = {name: fitting(uniform.method, uniform.shapes[name], all_grids) for name in wanted}
-    units = units_of(stream, [name for name, found in grids.items() if found])
-    _check_mixing(spec, uniform, units, grids)
+    uniform, units, grids = check_budget(checkpoint, skeleton, spec)
     measured = {name: grids[name] for unit in units for name in unit}
-    if spec.max_loss is None:  # whether the budget can be kept to is known before
-        unknown = {name: dict.fromkeys(own_grids, 0.0) for name, own_grids in measured.items()}
-        Allotment(spec, uniform, units, grids, unknown, 0).plan()
     losses = losses_of(
         checkpoint,
         uniform.skeleton,
@@ -214,6 +204,28 @@ def prepare(
         on_event=on_event,
     )
     return Allotment(spec, uniform, units, grids, losses, measured_windows(data.windows).numel())
+
+
+def check_budget(
+    checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec
+) -> tuple[Plan, list[tuple[str, ...]], dict[str, dict[Candidate, Grid]]]:
+    """An allotment's `uniform`, `units` and `grids`: all that is known before anything is measured.
+
+    Raises SpecError where the format has but one grid, or none that may differ from layer to layer, and for
+    an average or a size that cannot be kept to.
+    """
+    uniform = plan_quantization(checkpoint, skeleton, without_budget(spec), ignore)
+    stream = BlockStream(uniform.skeleton, checkpoint)
+    own = chosen_bits([*uniform.grids, *uniform.left], _other_bits(spec))
+    wanted = [name for name in uniform.grids if name not in uniform.alone and name not in own]
+    all_grids = grids_to_try(uniform.method)
+    grids = {name: fitting(uniform.method, uniform.shapes[name], all_grids) for name in wanted}
+    units = units_of(stream, [name for name, found in grids.items() if found])
+    _check_mixing(spec, uniform, units, grids)
+    if spec.max_loss is None:  # whether the budget can be kept to is known before
+        unknown = {name: dict.fromkeys(grids[name], 0.0) for unit in units for name in unit}
+        Allotment(spec, uniform, units, grids, unknown, 0).plan()
+    return uniform, units, grids
 
 
 def _other_bits(spec: AnyQuantizeSpec) -> list[str]:
@@ -265,9 +277,10 @@ def planned_spec(
 
 
 def plan_from_file(
-    checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec
+    checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec, on_event: OnEvent = ignore
 ) -> tuple[AnyQuantizeSpec, BitsPlan]:
-    """The spec that the plan in the file `spec.plan` comes to. --override and --skip go before it.
+    """The spec that the plan in the file `spec.plan` comes to. --override and --skip go before it; a note
+    tells of layers that the plan does not name.
 
     Raises SpecError for a file that does not fit the model or the format.
     """
@@ -276,6 +289,13 @@ def plan_from_file(
     path = Path(spec.plan)
     read = read_plan(path, [*uniform.grids, *uniform.left])
     own = chosen_bits([*uniform.grids, *uniform.left], _other_bits(spec))
+    if unnamed := [name for name in uniform.grids if name not in read and name not in (*own, *uniform.alone)]:
+        on_event(
+            Noted(
+                f"the plan does not name {len(unnamed)} of {len(uniform.grids)} layers "
+                f"({first_of(unnamed, 2)}): they get {spec.bits} bits"
+            )
+        )
     candidates = {name: c for name, c in read.items() if name in uniform.grids and name not in own}
     try:
         planned = planned_spec(spec, uniform, candidates)

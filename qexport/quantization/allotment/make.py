@@ -20,10 +20,11 @@ from qexport.formats.opening import open_checkpoint
 from qexport.methods import FORMATS
 from qexport.modeling.activations import Activations
 from qexport.modeling.blocks import BlockStream
-from qexport.modeling.calibration import CalibrationData, calibration_data
+from qexport.modeling.calibration import CalibrationData, calibration_data, check_calibration
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.quantization.allotment.allot import (
     Allotment,
+    check_budget,
     plan_from_file,
     planned_spec,
     prepare,
@@ -80,8 +81,11 @@ def planned(
     file in `directory`. Raises InputError.
     """
     if spec.plan is not None:
-        own_spec, plan = plan_from_file(source.checkpoint, skeleton, spec)
+        own_spec, plan = plan_from_file(source.checkpoint, skeleton, spec, on_event)
         return Planned(own_spec, plan)
+    if spec.group_size is not None:
+        what = "sets the size that the average comes to" if spec.average_bits else "is one to choose from"
+        on_event(Noted(f"--group-size {spec.group_size} {what}; each layer gets the group size that pays"))
     text = spec if isinstance(spec, CalibrationSpec) else CalibrationSpec()
     device = device_of(text.device)  # whether it is there is known before a text is read
     data = calibration_data(
@@ -167,7 +171,8 @@ def perplexity_rise(
     token ids [samples, length]; negative where it is lower. Both run in fp32 on `device`."""
     full = _nll(source, windows, memory, quantized.parent, device, trust_remote_code)
     own = Source(open_checkpoint(quantized), source.path, dict, [])
-    return math.expm1(_nll(own, windows, memory, quantized.parent, device, trust_remote_code) - full)
+    rise = _nll(own, windows, memory, quantized.parent, device, trust_remote_code) - full
+    return math.expm1(min(rise, 700.0))  # past which no float has it
 
 
 def _nll(
@@ -200,8 +205,11 @@ def uniform_size(source: Source, skeleton: Skeleton, spec: AnyQuantizeSpec) -> i
 
     Raises the InputError that `quantize` would.
     """
+    if isinstance(spec, CalibrationSpec):
+        check_calibration(spec)
     if spec.plan is not None:
         return plan_from_file(source.checkpoint, skeleton, spec)[1].size_bytes
+    check_budget(source.checkpoint, skeleton, spec)
     if spec.target_size is not None:
         return spec.target_size
     plain = without_budget(spec)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -90,10 +91,10 @@ def _read(path: Path, grids: Grids) -> Losses | None:
         return None
     try:
         kept = read_json(path)["losses"]
-        return {
+        found = {
             name: {candidate: float(kept[name][str(candidate)]) for candidate in own}
             for name, own in grids.items()
-            if name in kept
         }
-    except (QexportError, KeyError, TypeError, ValueError):
+    except (QexportError, KeyError, TypeError, ValueError, OverflowError):
         return None
+    return found if all(0 <= loss < math.inf for own in found.values() for loss in own.values()) else None

@@ -112,7 +112,7 @@ def read_plan(path: Path, layers: Collection[str]) -> dict[str, Candidate]:
         raise SpecError(f"--plan {path}: there is no such file")
     content = read_json(path)
     planned = content.get(_LAYERS)
-    if not isinstance(planned, dict):
+    if not isinstance(planned, dict) or not planned:
         raise SpecError(
             f"--plan {path} has no {_LAYERS!r}",
             expected=f"a {PLAN_FILE} as --plan-only or --bits 3.5 make it",
@@ -128,10 +128,14 @@ def read_plan(path: Path, layers: Collection[str]) -> dict[str, Candidate]:
             )
         values: dict[str, Any] = entry if isinstance(entry, dict) else {}
         bits, group = values.get(_BITS), values.get(_GROUP)
-        if bits is None or not _is_whole(bits) or not (group is None or _is_whole(group)):
+        if (
+            bits is None
+            or not (_is_whole(bits) and bits > 0)
+            or not (group is None or (_is_whole(group) and (group > 0 or group == -1)))
+        ):
             raise SpecError(
                 f"--plan {path}: {name} has {json.dumps(entry)[:80]}",
-                expected=f'{{"{_BITS}": 4, "{_GROUP}": 128}}, whole numbers',
+                expected=f'{{"{_BITS}": 4, "{_GROUP}": 128}}, whole numbers, or -1 for a whole row',
             )
         found[name] = Candidate(bits, group)
     return found
