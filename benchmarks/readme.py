@@ -15,9 +15,9 @@ demo's table as it came out.
     .venv/bin/python -m benchmarks.quantize
     .venv/bin/python -m benchmarks.readme --speed benchmarks/results/quantize.md
 
-Each option writes one part: the demo's table from its report.json, and the picture of its page; the table
-of benchmarks/memory.py, which is run for it; those of benchmarks/merge.py, gguf.py, compare.py, quality.py
-and quantize.py from what they wrote. The commands' help and the table of runtimes are always written.
+Each option writes one part: the demo's table from its report.json, and the picture of its page; those of
+benchmarks/memory.py, merge.py, gguf.py, compare.py, quality.py and quantize.py from what they wrote. The
+commands' help and the table of runtimes are always written.
 """
 
 from __future__ import annotations

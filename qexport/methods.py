@@ -71,12 +71,14 @@ FORMATS: dict[str, FormatRow] = {
 class Prepared:
     """What a calibrated solver makes of the Hessian [in, in] of layers that share an input.
 
-    `cross` [in, in], the mean of (x' - x) x^T, is set where inputs x' of the full-precision model are known.
+    `cross` [in, in], the mean of (x' - x) x^T, is set where inputs x' of the full-precision model are known,
+    `damped` [in, in] where codes are refined.
     """
 
     hessian: torch.Tensor
     curvature: Curvature | None = None
     cross: torch.Tensor | None = None
+    damped: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class Solving:
             return Prepared(hessian)
         width = grid.group_width(len(hessian))
         order = curvature(hessian, damp=spec.damp, act_order=spec.act_order, group_size=width)
-        return Prepared(hessian, order, cross)
+        refined = None if spec.effort == "fast" else damped(hessian, order.damp)
+        return Prepared(hessian, order, cross, refined)
 
     def target(self, weight: torch.Tensor, prepared: Prepared) -> torch.Tensor:
         """What codes of `weight` [out, in] should come to: itself, or what makes up for changed inputs."""
@@ -147,10 +150,10 @@ class Solving:
             scales=scales,
             searched=spec.search_scales,
         )
-        if spec.effort != "fast":
-            hessian = damped(prepared.hessian, prepared.curvature.damp)
+        if prepared.damped is not None:
             # without a compiled loop, rows that depend on each other take hours
-            chosen = refine(weight, chosen, hessian, grid, outputs if code_range(grid, weight) else None)
+            usable = outputs if code_range(grid, weight) else None
+            chosen = refine(weight, chosen, prepared.damped, grid, usable)
         return chosen.assembled(grid)
 
 

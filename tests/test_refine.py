@@ -63,7 +63,7 @@ def test_no_single_code_can_be_bettered(name: str, size: int) -> None:
     dense = whole(G, len(W)) if G is not None else torch.eye(len(W))
     start = rounded(W, grid)
     found = refine(W, start, H, grid, G, rounds=1, passes=0)
-    codes = module._better_codes(W, found, H, grid, G if G is not None else torch.ones(13, 1, 1), 60)
+    codes = module._better_codes(W, found, H, grid, G if G is not None else torch.ones(13, 1, 1), 60, H)
     least = loss(W, codes, grid, H, dense)
     assert least < 0.9 * loss(W, found, grid, H, dense)
     top = 2**grid.bits - 1
@@ -184,7 +184,7 @@ def test_dead_inputs_and_outputs_stay() -> None:
     g[:, 3] = 0
     G = output_blocks(g, 5)
     start = rounded(W, grid)
-    found = module._better_codes(W, start, H, grid, G, 2)
+    found = module._better_codes(W, start, H, grid, G, 2, H)
     assert torch.equal(found.codes[:, 7], start.codes[:, 7])
     assert torch.equal(found.codes[3], start.codes[3])
     assert (found.codes != start.codes).any()

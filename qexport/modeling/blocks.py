@@ -56,22 +56,21 @@ def layer_names(skeleton: Skeleton) -> frozenset[str]:
     Raises UnsupportedModelError for a model without a row.
     """
     row = architecture_of(skeleton.model_type)
-    count = len(skeleton.model.get_submodule(row.blocks))
+    blocks: nn.ModuleList = skeleton.model.get_submodule(row.blocks)
     return frozenset(
-        layer.name for index in range(count) for group in _groups(skeleton, row, index) for layer in group
+        layer.name
+        for index, block in enumerate(blocks)
+        for group in _groups(block, _block_places(skeleton, row, index, block), row)
+        for layer in group
     )
 
 
-def _block_places(skeleton: Skeleton, row: Architecture, index: int) -> dict[str, Place]:
-    path = f"{row.blocks}.{index}"
-    return {
-        inner: skeleton.places[f"{path}.{inner}"] for inner in skeleton.model.get_submodule(path).state_dict()
-    }
+def _block_places(skeleton: Skeleton, row: Architecture, index: int, block: nn.Module) -> dict[str, Place]:
+    return {inner: skeleton.places[f"{row.blocks}.{index}.{inner}"] for inner in block.state_dict()}
 
 
-def _groups(skeleton: Skeleton, row: Architecture, index: int) -> list[tuple[Layer, ...]]:
-    places = _block_places(skeleton, row, index)
-    modules = dict(skeleton.model.get_submodule(f"{row.blocks}.{index}").named_modules())
+def _groups(block: nn.Module, places: dict[str, Place], row: Architecture) -> list[tuple[Layer, ...]]:
+    modules = dict(block.named_modules())
     groups = []
     for patterns in row.linears:
         # the n-th names of all patterns share an input: of one expert, or the only ones
@@ -162,7 +161,8 @@ class BlockStream:
         return f"{self.architecture.blocks}.{index}"
 
     def _places(self, index: int) -> dict[str, Place]:
-        return _block_places(self._skeleton, self.architecture, index)
+        # not the model's own list: while its head or embeddings run, that holds stand-ins
+        return _block_places(self._skeleton, self.architecture, index, self._blocks[index])
 
     def stored_names(self, index: int) -> dict[str, str]:
         """Name on disk of each tensor of a block, by its key in the block's state_dict.
@@ -176,7 +176,7 @@ class BlockStream:
 
         Each expert has groups of its own. Layers that lie fused on disk are left out.
         """
-        return _groups(self._skeleton, self.architecture, index)
+        return _groups(self._blocks[index], self._places(index), self.architecture)
 
     def folds(self, index: int) -> list[Fold]:
         """The pairs of a block through which a scale can move, each expert's of its own.

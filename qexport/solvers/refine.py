@@ -67,10 +67,11 @@ def refine(
         rounds = _ROUNDS if outputs is None else _ROUNDS_ACROSS
     if passes is None:
         passes = _PASSES if outputs is None else _PASSES_ACROSS
+    quick = for_products(hessian)
     for _ in range(rounds):
-        chosen = _better_codes(weight, chosen, hessian, grid, outputs, passes)
+        chosen = _better_codes(weight, chosen, hessian, grid, outputs, passes, quick)
         if isinstance(grid, Scalable):
-            chosen = _better_scales(weight, chosen, hessian, grid)
+            chosen = _better_scales(weight, chosen, quick, grid)
     if order is not None:
         codes = torch.empty_like(chosen.codes)
         codes[:, order] = chosen.codes
@@ -87,19 +88,19 @@ def _better_codes(
     grid: Grid,
     G: torch.Tensor | None,  # noqa: N803
     passes: int,
+    quick: torch.Tensor,
 ) -> Chosen:
-    """Cyclic coordinate descent on the codes, scales as they are."""
+    """Cyclic coordinate descent on the codes, scales as they are. `quick` is `H` as products take it."""
     inputs = W.shape[1]
     step, origin = chosen.spread_lines(grid)
     codes = chosen.codes.float().contiguous()
     # of a codebook, codes are no values: rounding a value that is on the grid gives both
     values = _values(chosen, grid)
-    factor = for_products(H)
-    D = (values - W).to(factor.dtype)  # noqa: N806
+    D = (values - W).to(quick.dtype)  # noqa: N806
     for _ in range(passes):
         for begin in range(0, inputs, BLOCK):
             block = slice(begin, min(begin + BLOCK, inputs))
-            gradient = multiply(D, factor[:, block])
+            gradient = multiply(D, quick[:, block])
             if G is not None:
                 gradient = _on_outputs(G, gradient)
             _descend(
@@ -186,17 +187,17 @@ def _better_scales(
     H: torch.Tensor,  # noqa: N803
     grid: Grid,
 ) -> Chosen:
-    """Factors on the groups' scales, those of a row by least squares together; rows that gain keep them."""
+    """Factors on the groups' scales, those of a row by least squares together; rows that gain keep them. `H`
+    as products take it."""
     assert isinstance(grid, Scalable)  # noqa: S101 - the caller asked
     out, inputs = W.shape
     width = grid.group_width(inputs)
     values = _values(chosen, grid)
     factors = torch.ones(out, -(-inputs // width), device=W.device)
-    quick = for_products(H)
     fits = []
     for begin in range(0, out, _ROWS):
         rows = slice(begin, begin + _ROWS)
-        fits.append(_fit_of_factors(W[rows], values[rows], quick, width))
+        fits.append(_fit_of_factors(W[rows], values[rows], H, width))
         factors[rows] = _best_factors(*fits[-1])
     # they are stored rounded: it is those that have to be better
     scaled = grid.scaled(chosen.scales, factors)

@@ -200,9 +200,10 @@ class OneBlock:
         blocks = [one for one in (self._previous, self) if one is not None]
         now = self._now if self._previous is None else self._lane.earlier
         assert now is not None  # noqa: S101 - there was a block before
-        tunable = [one._tunable() for one in blocks]  # before the head takes the blocks' place
         with self._cost() as cost:
-            tuned = tune_blocks(self._stream, tunable, wanted=self._full.after, now=now, cost=cost)
+            tuned = tune_blocks(
+                self._stream, [one._tunable() for one in blocks], wanted=self._full.after, now=now, cost=cost
+            )
         for one, found in zip(blocks, tuned, strict=True):
             for inner, codes in found.codes.items():
                 one._solved[inner] = one._solved[inner][0], codes
@@ -211,13 +212,13 @@ class OneBlock:
             self._previous.finish()
 
     def _tunable(self) -> Tunable:
-        names, plan = self._stream.stored_names(self._index), self._lane.plan
+        names, grids = self._plain_names(), self._lane.plan.grids
         return Tunable(
             self._index,
             self._block,
-            {inner: (layer, codes, plan.grids[layer.name]) for inner, (layer, codes) in self._solved.items()},
-            [inner for inner in names if names[inner] not in plan.weights],
-            lambda inner, value: value.to(plan.checkpoint.info(names[inner]).dtype),
+            {inner: (layer, codes, grids[layer.name]) for inner, (layer, codes) in self._solved.items()},
+            names.keys(),
+            lambda inner, value: self._as_stored(names[inner], value),
         )
 
     @contextmanager
@@ -240,9 +241,15 @@ class OneBlock:
 
     def _plain(self, changed: Iterable[str]) -> Iterable[tuple[str, str, torch.Tensor]]:
         """Inner name, name on disk and value of those that are stored as they are."""
-        names = self._stream.stored_names(self._index)
+        names = self._plain_names()
         for inner in sorted(set(changed) & names.keys()):
             name = names[inner]
-            if name not in self._lane.plan.weights:
-                value = self._block.get_parameter(inner).data
-                yield inner, name, value.to(self._lane.plan.checkpoint.info(name).dtype)
+            yield inner, name, self._as_stored(name, self._block.get_parameter(inner).data)
+
+    def _plain_names(self) -> dict[str, str]:
+        """Names on disk, by inner name, of the block's tensors that become no codes."""
+        names = self._stream.stored_names(self._index)
+        return {inner: name for inner, name in names.items() if name not in self._lane.plan.weights}
+
+    def _as_stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        return value.to(self._lane.plan.checkpoint.info(name).dtype)
