@@ -99,7 +99,7 @@ class Bench:
             "out": str(out),
             "bits": case.bits,
             "group_size": group,
-            "options": {**method.options, **_budget(case, rows)},
+            "options": {**method.options, **self._layout(method), **_budget(case, rows)},
             "ids": ids,
             "calibration": str(file),
             "seed": case.seed,
@@ -110,6 +110,10 @@ class Bench:
             row |= self._scored(out, method)
         shutil.rmtree(out, ignore_errors=True)
         return row
+
+    def _layout(self, method: Method) -> dict[str, str]:
+        asymmetric = method.ours and method.options.get("symmetric") is False
+        return {"format": self.prepared.layout} if asymmetric else {}
 
     def _scored(self, out: Path, method: Method) -> Row:
         try:

@@ -32,11 +32,11 @@ class Method:
         return self.peer == "ours"
 
 
-def _asymmetric(method: str, layout: str, **options: Any) -> dict[str, Any]:
-    return {"method": method, "format": layout, "symmetric": False, **options}
+def _asymmetric(method: str, **options: Any) -> dict[str, Any]:
+    """Such a method's format is the model's `layout`."""
+    return {"method": method, "symmetric": False, **options}
 
 
-_GPTQ = ("gptq", "gptq_v2")
 METHODS = {
     # the peers, each as it comes and at its best
     "rtn": Method("RTN (hqq, not optimised)", "hqq", {"optimize": False}, calibrated=False),
@@ -51,23 +51,23 @@ METHODS = {
     "autoround": Method("AutoRound", "autoround", {"sym": True, "iters": 200}),
     "autoround-asym": Method("AutoRound, asymmetric", "autoround", {"sym": False, "iters": 200}),
     # qexport
-    "q-rtn": Method("qexport rtn", "ours", _asymmetric("rtn", "gptq_v2"), calibrated=False),
+    "q-rtn": Method("qexport rtn", "ours", _asymmetric("rtn"), calibrated=False),
     "q-hqq": Method("qexport hqq", "ours", {"method": "hqq"}, calibrated=False),
     "q-bnb": Method("qexport bnb", "ours", {"method": "bnb", "group_size": None}, (8, 4), False, 64),
     "q-awq": Method("qexport awq", "ours", {"method": "awq"}, (4,)),
     "q-gptq-sym": Method("qexport gptq, symmetric", "ours", {"method": "gptq", "symmetric": True}),
-    "q-gptq-fast": Method("qexport gptq, fast", "ours", _asymmetric(*_GPTQ, effort="fast")),
-    "q-gptq": Method("qexport gptq, balanced", "ours", _asymmetric(*_GPTQ)),
+    "q-gptq-fast": Method("qexport gptq, fast", "ours", _asymmetric("gptq", effort="fast")),
+    "q-gptq": Method("qexport gptq, balanced", "ours", _asymmetric("gptq")),
     "q-allotted": Method(
         "qexport gptq, balanced, bits allotted under the size of the row above",
         "ours",
-        _asymmetric(*_GPTQ),
+        _asymmetric("gptq"),
         (4, 3, 2),
         size_of="q-gptq",
     ),
-    "q-gptq-best": Method("qexport gptq, best", "ours", _asymmetric(*_GPTQ, effort="best")),
-    "q-awq-gptq": Method("qexport awq+gptq, balanced", "ours", _asymmetric(*_GPTQ, solver="awq+gptq")),
+    "q-gptq-best": Method("qexport gptq, best", "ours", _asymmetric("gptq", effort="best")),
+    "q-awq-gptq": Method("qexport awq+gptq, balanced", "ours", _asymmetric("gptq", solver="awq+gptq")),
     "q-awq-gptq-best": Method(
-        "qexport awq+gptq, best", "ours", _asymmetric(*_GPTQ, solver="awq+gptq", effort="best")
+        "qexport awq+gptq, best", "ours", _asymmetric("gptq", solver="awq+gptq", effort="best")
     ),
 }

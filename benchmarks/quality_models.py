@@ -29,9 +29,10 @@ SAMPLES, LENGTH = 128, 256  # calibration windows, and tokens of one
 class Model:
     """A model under test; `adapter` is merged into it first. `answers` are pairs for BLEU.
 
-    `group_size` is the one of all tools: 32 where it divides every layer. `translations`: each held-out text
-    is a pair of lines, whose order is turned round: the adapter taught the direction that is not the base's.
-    `beginnings`: of each held-out text the first window alone is scored.
+    `group_size` is the one of all tools: 32 where it divides every layer. `layout` is what qexport writes its
+    asymmetric codes in: one that holds every layer. `translations`: each held-out text is a pair of lines,
+    whose order is turned round: the adapter taught the direction that is not the base's. `beginnings`: of
+    each held-out text the first window alone is scored.
     """
 
     base: Path
@@ -39,6 +40,7 @@ class Model:
     heldout: Path
     documents: int
     group_size: int = 32
+    layout: str = "gptq_v2"
     adapter: Path | None = None
     answers: Path | None = None
     translations: bool = False
@@ -71,8 +73,10 @@ MODELS = {
         adapter=embedded_adapter(),
         answers=heldout_pairs(),
     ),
-    # rows of 172 inputs: no group of 32 divides them, so that whole rows share a scale
-    "stories260k": Model(SHARED / "models" / "stories260k", **_STORIES, group_size=-1),
+    # sides of 172: no group of 32 divides them, so that whole rows share a scale, and no word of AutoGPTQ's
+    "stories260k": Model(
+        SHARED / "models" / "stories260k", **_STORIES, group_size=-1, layout="hqq-safetensors"
+    ),
 }
 _PAIRS = 100
 
@@ -84,6 +88,7 @@ class Prepared:
     path: Path
     spec: VerifySpec
     group_size: int
+    layout: str
 
 
 def prepare(name: str, work: Path) -> Prepared:
@@ -111,7 +116,7 @@ def prepare(name: str, work: Path) -> Prepared:
         max_pairs=_PAIRS,
         window=LENGTH,
     )
-    return Prepared(path, spec, model.group_size)
+    return Prepared(path, spec, model.group_size, model.layout)
 
 
 def calibration(name: str, path: Path, seed: int, work: Path) -> tuple[Path, list[list[int]]]:

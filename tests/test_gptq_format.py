@@ -369,6 +369,18 @@ def test_asymmetric_zero_points_of_version_1_are_read(written: Path) -> None:
     assert torch.equal(open_checkpoint(written).read(f"{Q_PROJ}.weight"), expected.t())
 
 
+@pytest.mark.parametrize("out", [124, 127])
+def test_a_last_word_of_zero_points_may_be_filled_up(written: Path, out: int) -> None:
+    """As GPTQModel 7.7 fills it up for outputs that are no multiple of a word's eight codes."""
+    whole = load_file(written / "model.safetensors")
+    cut = {part: whole[f"{Q_PROJ}.{part}"][:, :out].contiguous() for part in ("qweight", "scales")}
+    expected = open_checkpoint(written).read(f"{Q_PROJ}.weight")[:out]
+    edit_weights(written, **{f"{Q_PROJ}.{part}": tensor for part, tensor in cut.items()})
+    ours = open_checkpoint(written)
+    assert ours.info(f"{Q_PROJ}.weight").shape == (out, 128)
+    assert torch.equal(ours.read(f"{Q_PROJ}.weight"), expected)
+
+
 def test_a_bias_and_other_tensors_stay(written: Path) -> None:
     edit_weights(written, **{f"{Q_PROJ}.bias": torch.ones(128), "act.scales": torch.ones(4)})
     ours = open_checkpoint(written)

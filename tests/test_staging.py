@@ -29,7 +29,7 @@ from qexport.checkpoint.staging import (
 from qexport.errors import OutputExistsError, StorageError
 from qexport.events import Advanced, Event, Finished, Noted, Started
 from qexport.methods import FORMATS
-from qexport.specs import ShardSpec
+from qexport.specs import ShardSpec, spec_of
 from tests.conftest import RunCli
 
 # A shell in the background starts its children with SIGINT ignored; Ctrl-C must reach this one.
@@ -258,11 +258,10 @@ def test_what_overwrite_does_not_replace(tmp_path: Path, cli: RunCli) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_a_format_writes_may_be_replaced(name: str, tmp_path: Path) -> None:
-    out = small(tmp_path / "out")
-    for file in FORMATS[name].module.extra_files({"quantization_config": {}}):
-        (out / file).write_text("{}")
-    check_target(out, overwrite=True)
+def test_what_a_format_writes_may_be_replaced(name: str, llama: Path, tmp_path: Path) -> None:
+    method = {"bitsandbytes": "bnb", "eetq": "eetq"}.get(name, "rtn")
+    qexport.quantize(llama, tmp_path / "out", spec_of(method=method, format=name))
+    check_target(tmp_path / "out", overwrite=True)
 
 
 def test_an_empty_directory_may_be_the_output(tmp_path: Path) -> None:

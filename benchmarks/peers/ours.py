@@ -37,5 +37,7 @@ def quantize(job: Job) -> Outcome:
         if seen.windows.tolist() != job["ids"]:
             raise AssertionError("qexport would calibrate on other windows than the peers")
     with Clock() as clock:
-        qexport.quantize(model, job["out"], spec)
+        result = qexport.quantize(model, job["out"], spec)
+    if result.layers_left:
+        raise AssertionError(f"{len(result.layers_left)} layers are left in full precision")
     return clock.outcome("qexport")

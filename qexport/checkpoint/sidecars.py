@@ -39,6 +39,7 @@ _MODEL_FILES = (
     "*.safetensors.index.json",
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
+    "qmodel.pt",  # HQQ's
     "config.json",
     "qexport.json",
     "quant_config.json",  # AWQ's second config

@@ -245,7 +245,9 @@ class GptqDecoder:
                 expected=f"0 to {len(scales) - 1}",
             )
         group = g_idx.long()
-        zeros = unpack(qzeros.t().contiguous(), layer.bits).t().float() + self.smallest_zero
+        # GPTQModel fills up the last word of outputs that are no multiple of a word's
+        zeros = unpack(qzeros.t().contiguous(), layer.bits).t()[:, : layer.shape[0]].float()
+        zeros += self.smallest_zero
         weight = unpack(qweight, layer.bits).float()  # [in, out]
         weight -= zeros[group]
         weight *= scales.float()[group]
@@ -289,13 +291,13 @@ class GptqDecoder:
         if (
             rows * 32 != inputs * bits
             or scales.shape[1] != out
-            or out * bits % 32
-            or qzeros.shape != (scales.shape[0], out * bits // 32)
+            or (out * bits % 32 and 32 % bits)
+            or qzeros.shape != (scales.shape[0], -(-out * bits // 32))
         ):
             raise misfit(
                 module,
                 parts,
-                "for b bits qweight [in*b/32, out], qzeros [groups, out*b/32], "
+                "for b bits qweight [in*b/32, out], qzeros [groups, out*b/32 rounded up], "
                 "scales [groups, out], g_idx [in]",
             )
         if bits not in BITS:
