@@ -31,6 +31,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("llama") / "model")
 
 
+@pytest.fixture
+def uncached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A random Llama with weights of some spread, of which the user's cache knows nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tiny_model(tmp_path / "model", initializer_range=0.08)
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of several documents for calibration and scoring."""

@@ -369,15 +369,16 @@ def test_asymmetric_zero_points_of_version_1_are_read(written: Path) -> None:
     assert torch.equal(open_checkpoint(written).read(f"{Q_PROJ}.weight"), expected.t())
 
 
-@pytest.mark.parametrize("out", [124, 127])
-def test_a_last_word_of_zero_points_may_be_filled_up(written: Path, out: int) -> None:
-    """As GPTQModel 7.7 fills it up for outputs that are no multiple of a word's eight codes."""
+@pytest.mark.parametrize(("out", "inputs"), [(124, 128), (127, 128), (128, 127), (125, 124)])
+def test_last_words_may_be_filled_up(written: Path, out: int, inputs: int) -> None:
+    """As GPTQModel 7.7 fills them up for sides that are no multiples of a word's eight codes."""
     whole = load_file(written / "model.safetensors")
     cut = {part: whole[f"{Q_PROJ}.{part}"][:, :out].contiguous() for part in ("qweight", "scales")}
-    expected = open_checkpoint(written).read(f"{Q_PROJ}.weight")[:out]
+    cut["g_idx"] = whole[f"{Q_PROJ}.g_idx"][:inputs].contiguous()
+    expected = open_checkpoint(written).read(f"{Q_PROJ}.weight")[:out, :inputs]
     edit_weights(written, **{f"{Q_PROJ}.{part}": tensor for part, tensor in cut.items()})
     ours = open_checkpoint(written)
-    assert ours.info(f"{Q_PROJ}.weight").shape == (out, 128)
+    assert ours.info(f"{Q_PROJ}.weight").shape == (out, inputs)
     assert torch.equal(ours.read(f"{Q_PROJ}.weight"), expected)
 
 
@@ -419,7 +420,7 @@ def test_scales_of_other_dtypes_are_read(written: Path, dtype: torch.dtype) -> N
         ("qweight", torch.zeros(16, 64, dtype=torch.int32), "do not fit together"),
         ("qweight", torch.zeros(0, 128, dtype=torch.int32), r"qweight is torch.int32 \[0, 128\]"),
         ("qweight", torch.zeros(2048, dtype=torch.int32), r"qweight is torch.int32 \[2048\]"),
-        ("g_idx", torch.zeros(127, dtype=torch.int32), "do not fit together"),
+        ("g_idx", torch.zeros(120, dtype=torch.int32), "do not fit together"),
         ("g_idx", torch.zeros(128, dtype=torch.int64), r"g_idx is torch.int64 \[128\]"),
         ("g_idx", torch.zeros(0, dtype=torch.int32), r"g_idx is torch.int32 \[0\]"),
         ("g_idx", torch.zeros(1 << 20, dtype=torch.int32), "do not fit together"),

@@ -28,7 +28,7 @@ FLOORS = (
     {"calibrate"},
     {"grids"},
     {"checkpoint"},
-    {"specs", "results", "packaged", "measure", "events", "devices"},
+    {"specs", "results", "packaged", "measure", "events", "devices", "heap"},
     {"errors", "sizes", "version"},
 )
 ARITHMETIC = {"grids", "solvers"}  # tensors in, tensors out: no files, no models

@@ -213,6 +213,20 @@ class _Layer:
     shape: tuple[int, int]
 
 
+def _words(codes: int, bits: int) -> int | None:
+    """How many words so many codes fill. The last one may be filled up, as GPTQModel does it, but not where
+    codes straddle words."""
+    return -(-codes * bits // 32) if 32 % bits == 0 or codes * bits % 32 == 0 else None
+
+
+def _bits_of(words: int, codes: int) -> int | None:
+    """Bits of each of `codes` that fill `words`; None where they do not, or would with several widths."""
+    if words * 32 % codes == 0:
+        return words * 32 // codes
+    found = [bits for bits in BITS if _words(codes, bits) == words]
+    return found[0] if len(found) == 1 else None
+
+
 @dataclass(frozen=True)
 class GptqDecoder:
     """Reads versions 1 and 2, any zero points and any g_idx. A layer's bits are what its shapes say."""
@@ -245,10 +259,9 @@ class GptqDecoder:
                 expected=f"0 to {len(scales) - 1}",
             )
         group = g_idx.long()
-        # GPTQModel fills up the last word of outputs that are no multiple of a word's
-        zeros = unpack(qzeros.t().contiguous(), layer.bits).t()[:, : layer.shape[0]].float()
-        zeros += self.smallest_zero
-        weight = unpack(qweight, layer.bits).float()  # [in, out]
+        out, inputs = layer.shape
+        zeros = unpack(qzeros.t().contiguous(), layer.bits).t()[:, :out].float() + self.smallest_zero
+        weight = unpack(qweight, layer.bits)[:inputs].float()  # [in, out]
         weight -= zeros[group]
         weight *= scales.float()[group]
         return weight.t().contiguous()
@@ -286,19 +299,14 @@ class GptqDecoder:
         ]
         qweight, qzeros, scales, g_idx = parts
         rows, out = qweight.shape
-        inputs = g_idx.shape[0]
-        bits = rows * 32 // inputs
-        if (
-            rows * 32 != inputs * bits
-            or scales.shape[1] != out
-            or (out * bits % 32 and 32 % bits)
-            or qzeros.shape != (scales.shape[0], -(-out * bits // 32))
-        ):
+        groups, inputs = scales.shape[0], g_idx.shape[0]
+        bits = _bits_of(rows, inputs)
+        if not bits or scales.shape[1] != out or qzeros.shape != (groups, _words(out, bits)):
             raise misfit(
                 module,
                 parts,
-                "for b bits qweight [in*b/32, out], qzeros [groups, out*b/32 rounded up], "
-                "scales [groups, out], g_idx [in]",
+                "for b bits qweight [in*b/32, out], qzeros [groups, out*b/32], scales [groups, out], "
+                "g_idx [in], in and out rounded up to whole words",
             )
         if bits not in BITS:
             raise UnsupportedModelError(

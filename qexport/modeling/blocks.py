@@ -7,6 +7,8 @@ whatever else the architecture hands to a block are transformers' own, and nothi
 from __future__ import annotations
 
 import contextlib
+import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,8 @@ from qexport.modeling.architectures import Architecture, architecture_of
 from qexport.modeling.folding import Fold, expand, folds_of
 from qexport.modeling.places import Place, read_places
 from qexport.modeling.skeleton import Skeleton, is_conv1d, set_parameters
+
+_EXPERTS = re.compile(r"^(.*\.experts)\.\d+\.")
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 Block = Callable[..., Any]  # hidden states, and what else the architecture hands to a block -> hidden states
@@ -55,14 +59,24 @@ def layer_names(skeleton: Skeleton) -> frozenset[str]:
 
     Raises UnsupportedModelError for a model without a row.
     """
+    return frozenset(itertools.chain.from_iterable(fused_layers(skeleton)))
+
+
+def fused_layers(skeleton: Skeleton) -> list[tuple[str, ...]]:
+    """The layers of `layer_names`, in the sets that runtimes make one matrix of, or one kernel: those that
+    share an input, q with k and v, gate with up, and all experts of a block.
+
+    Raises UnsupportedModelError for a model without a row.
+    """
     row = architecture_of(skeleton.model_type)
     blocks: nn.ModuleList = skeleton.model.get_submodule(row.blocks)
-    return frozenset(
-        layer.name
-        for index, block in enumerate(blocks)
-        for group in _groups(block, _block_places(skeleton, row, index, block), row)
-        for layer in group
-    )
+    found: dict[str, list[str]] = {}
+    for index, block in enumerate(blocks):
+        for group in _groups(block, _block_places(skeleton, row, index, block), row):
+            names = [layer.name for layer in group]
+            experts = _EXPERTS.match(names[0])
+            found.setdefault(experts[1] if experts else names[0], []).extend(names)
+    return [tuple(names) for names in found.values()]
 
 
 def _block_places(skeleton: Skeleton, row: Architecture, index: int, block: nn.Module) -> dict[str, Place]:

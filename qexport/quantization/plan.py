@@ -21,7 +21,7 @@ from qexport.formats.opening import float_dtype
 from qexport.grids.grid import Grid
 from qexport.methods import FORMATS, Method, method_of
 from qexport.modeling.architectures import architecture_of
-from qexport.modeling.blocks import layer_names
+from qexport.modeling.blocks import fused_layers, layer_names
 from qexport.modeling.skeleton import Skeleton
 from qexport.modeling.structure import structure_problems
 from qexport.quantization.choice import FULL, Override, chosen_bits, skipped
@@ -153,6 +153,7 @@ def plan_quantization(
     left = {**dict.fromkeys(sorted(skip), "left out by --skip"), **obstacles}
     output = _output(checkpoint, skeleton, method, shapes, grids, [*left, *skeleton.routers])
     _tell_of_loaders(method, skeleton, grids, on_event)
+    _tell_of_parted(method, skeleton, grids, on_event)
     return Plan(
         checkpoint,
         skeleton,
@@ -271,6 +272,24 @@ def _tell_of_loaders(
     if found and (loader := FORMATS[method.spec.format].not_by_transformers):
         on_event(
             Noted(f"{' and '.join(found)} in {method.spec.format} are read by {loader}, not by transformers")
+        )
+
+
+def _tell_of_parted(method: Method, skeleton: Skeleton, grids: Mapping[str, Grid], on_event: OnEvent) -> None:
+    """Layers that vLLM fuses, on grids that differ: by hand, in --override, --skip or a plan."""
+    if "vLLM" not in FORMATS[method.spec.format].runtimes:
+        return
+    try:
+        sets = fused_layers(skeleton)
+    except UnsupportedModelError:  # nothing is known of this architecture's layers
+        return
+    parted = [names for names in sets if any(grids.get(name) != grids.get(names[0]) for name in names)]
+    if parted:
+        on_event(
+            Noted(
+                f"vLLM fuses {first_of(list(parted[0]), 3)}, and refuses them on grids that differ; so it is "
+                f"with {len(parted)} of {len(sets)} such sets"
+            )
         )
 
 

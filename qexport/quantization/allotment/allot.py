@@ -17,7 +17,6 @@ from qexport.errors import SpecError, first_of
 from qexport.events import Noted, OnEvent, ignore
 from qexport.grids.grid import Grid
 from qexport.methods import FORMATS, Method, grid_wish
-from qexport.modeling.blocks import BlockStream
 from qexport.modeling.calibration import CalibrationData
 from qexport.modeling.skeleton import Skeleton
 from qexport.quantization.allotment.budget import (
@@ -215,12 +214,11 @@ def check_budget(
     an average or a size that cannot be kept to.
     """
     uniform = plan_quantization(checkpoint, skeleton, without_budget(spec), ignore)
-    stream = BlockStream(uniform.skeleton, checkpoint)
     own = chosen_bits([*uniform.grids, *uniform.left], _other_bits(spec))
     wanted = [name for name in uniform.grids if name not in uniform.alone and name not in own]
     all_grids = grids_to_try(uniform.method)
     grids = {name: fitting(uniform.method, uniform.shapes[name], all_grids) for name in wanted}
-    units = units_of(stream, [name for name, found in grids.items() if found])
+    units = units_of(uniform.skeleton, {name for name, found in grids.items() if found})
     _check_mixing(spec, uniform, units, grids)
     if spec.max_loss is None:  # whether the budget can be kept to is known before
         unknown = {name: dict.fromkeys(grids[name], 0.0) for unit in units for name in unit}
@@ -264,9 +262,12 @@ def planned_spec(
     counts = Counter(
         candidate
         for candidate in found.values()
-        if candidate.group_size is None
-        or candidate.group_size == -1
-        or all(shape[1] % candidate.group_size == 0 for shape in shapes)
+        if candidate.bits != FULL
+        and (
+            candidate.group_size is None
+            or candidate.group_size == -1
+            or all(shape[1] % candidate.group_size == 0 for shape in shapes)
+        )
     )
     common = counts.most_common(1)[0][0] if counts else candidate_of(uniform.method.common)
     overrides = [text for text in spec.override if parse_override(text).bits == FULL]
@@ -289,14 +290,17 @@ def plan_from_file(
     path = Path(spec.plan)
     read = read_plan(path, [*uniform.grids, *uniform.left])
     own = chosen_bits([*uniform.grids, *uniform.left], _other_bits(spec))
-    if unnamed := [name for name in uniform.grids if name not in read and name not in (*own, *uniform.alone)]:
+    named = read.candidates
+    if unnamed := [
+        name for name in uniform.grids if name not in named and name not in (*own, *uniform.alone)
+    ]:
         on_event(
             Noted(
                 f"the plan does not name {len(unnamed)} of {len(uniform.grids)} layers "
                 f"({first_of(unnamed, 2)}): they get {spec.bits} bits"
             )
         )
-    candidates = {name: c for name, c in read.items() if name in uniform.grids and name not in own}
+    candidates = {name: c for name, c in named.items() if name in uniform.grids and name not in own}
     try:
         planned = planned_spec(spec, uniform, candidates)
         plan = plan_quantization(checkpoint, skeleton, planned, ignore)
@@ -304,7 +308,10 @@ def plan_from_file(
         found = error.found.removeprefix("--override ")
         raise SpecError(f"--plan {path}: {found}", expected=error.expected, remedy=error.remedy) from error
     size = sum(info.size for info in plan.infos) * FORMATS[spec.format].copies
-    return planned, _bits_plan(spec, uniform, candidates, size, {}, 0)
+    made = _bits_plan(spec, uniform, candidates, size, read.losses, read.tokens)
+    if any(layer.loss is None for name, layer in made.layers.items() if name not in uniform.alone):
+        made = _bits_plan(spec, uniform, candidates, size, {}, 0)  # part of the losses predicts nothing
+    return planned, made
 
 
 def _bits_plan(
@@ -312,7 +319,7 @@ def _bits_plan(
     uniform: Plan,
     candidates: Mapping[str, Candidate],
     size: int,
-    losses: Losses,
+    losses: Mapping[str, Mapping[Candidate, float]],
     tokens: int,
 ) -> BitsPlan:
     budget = {"bits" if name == "average_bits" else name: getattr(spec, name) for name in spec.BUDGETS}

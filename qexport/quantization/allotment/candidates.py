@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from qexport.errors import SpecError
 from qexport.grids.grid import Grid
 from qexport.methods import Method
-from qexport.modeling.blocks import BlockStream
+from qexport.modeling.blocks import fused_layers
+from qexport.modeling.skeleton import Skeleton
 from qexport.specs import Bits
 
 GROUP_SIZES = (32, 64, 128)  # what every runtime of integer grids has kernels for
 _MANY_BITS = 5  # from which on finer groups cost more than they are worth
-_EXPERTS = re.compile(r"^(.*\.experts)\.\d+\.")
 
 
 class Candidate(NamedTuple):
@@ -83,19 +82,8 @@ def stored_bytes(method: Method, shape: tuple[int, int], grid: Grid) -> int:
     return sum(info.size for info in method.format.layout("", shape, grid))
 
 
-def units_of(stream: BlockStream, layers: Sequence[str]) -> list[tuple[str, ...]]:
-    """Those of `layers` that lie in blocks, as sets that must get the same grid.
-
-    Runtimes fuse what shares an input, q with k and v, gate with up, and all experts of a block, and vLLM
-    refuses fused layers of differing bits; so these are one choice.
-    """
-    wanted = set(layers)
-    units: dict[str, list[str]] = {}
-    for index in range(len(stream)):
-        for group in stream.groups(index):
-            names = [layer.name for layer in group if layer.name in wanted]
-            if not names:
-                continue
-            experts = _EXPERTS.match(names[0])
-            units.setdefault(experts[1] if experts else names[0], []).extend(names)
-    return [tuple(names) for names in units.values()]
+def units_of(skeleton: Skeleton, layers: Collection[str]) -> list[tuple[str, ...]]:
+    """Those of `layers` that lie in blocks, as sets that must get the same grid: vLLM refuses fused layers of
+    differing bits."""
+    found = [tuple(name for name in fused if name in layers) for fused in fused_layers(skeleton)]
+    return [unit for unit in found if unit]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import math
@@ -15,11 +16,13 @@ from qexport.checkpoint.checkpoint import read_json
 from qexport.checkpoint.disk import is_file
 from qexport.errors import SpecError
 from qexport.quantization.allotment.candidates import Candidate
+from qexport.quantization.choice import FULL
 from qexport.results import PlanRow
 from qexport.version import __version__
 
 PLAN_FILE = "bits_plan.json"
 _LAYERS, _BITS, _GROUP = "layers", "bits", "group_size"
+_LOSSES, _TOKENS = "kl_of", "measured_on_tokens"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class LayerPlan:
 
     @property
     def loss(self) -> float | None:
-        """That of the choice."""
+        """That of the choice: none where the layer stays as it is."""
+        if self.candidate.bits == FULL and self.losses:
+            return 0.0
         return self.losses.get(self.candidate)
 
 
@@ -84,13 +89,13 @@ class BitsPlan:
             "mean_bits": round(self.bits, 4),
             "size_bytes": self.size_bytes,
             "predicted_kl": self.loss,
-            "measured_on_tokens": self.tokens,
+            _TOKENS: self.tokens,
             _LAYERS: {
                 name: {
                     _BITS: layer.candidate.bits,
                     _GROUP: layer.candidate.group_size,
                     **({"kl": layer.loss} if layer.loss is not None else {}),
-                    **({"kl_of": {str(c): loss for c, loss in layer.losses.items()}} if layer.losses else {}),
+                    **({_LOSSES: {str(c): loss for c, loss in layer.losses.items()}} if layer.losses else {}),
                 }
                 for name, layer in self.layers.items()
             },
@@ -102,11 +107,21 @@ def _total(layers: Iterable[LayerPlan]) -> float | None:
     return math.fsum(known) if known else None
 
 
-def read_plan(path: Path, layers: Collection[str]) -> dict[str, Candidate]:
-    """Bits and group sizes by layer, from a file that `BitsPlan.content` wrote and the user may have edited.
+@dataclass(frozen=True)
+class ReadPlan:
+    """What a file tells: bits and group sizes by layer, and what was measured when it was made, as
+    `BitsPlan` has it."""
 
-    What else it holds does not matter. Raises SpecError for a file that is no plan, a name that is none of
-    `layers`, and values that are no bits or group sizes.
+    candidates: Mapping[str, Candidate]
+    losses: Mapping[str, Mapping[Candidate, float]]
+    tokens: int
+
+
+def read_plan(path: Path, layers: Collection[str]) -> ReadPlan:
+    """From a file that `BitsPlan.content` wrote and the user may have edited.
+
+    What else it holds does not matter, and losses that are none are left out. Raises SpecError for a file
+    that is no plan, a name that is none of `layers`, and values that are no bits or group sizes.
     """
     if not is_file(path):
         raise SpecError(f"--plan {path}: there is no such file")
@@ -118,6 +133,7 @@ def read_plan(path: Path, layers: Collection[str]) -> dict[str, Candidate]:
             expected=f"a {PLAN_FILE} as --plan-only or --bits 3.5 make it",
         )
     found: dict[str, Candidate] = {}
+    losses: dict[str, dict[Candidate, float]] = {}
     known = set(layers)
     for name, entry in planned.items():
         if name not in known:
@@ -138,6 +154,17 @@ def read_plan(path: Path, layers: Collection[str]) -> dict[str, Candidate]:
                 expected=f'{{"{_BITS}": 4, "{_GROUP}": 128}}, whole numbers, or -1 for a whole row',
             )
         found[name] = Candidate(bits, group)
+        losses[name] = _losses(values.get(_LOSSES))
+    tokens: Any = content.get(_TOKENS)
+    return ReadPlan(found, losses, tokens if _is_whole(tokens) else 0)
+
+
+def _losses(kept: Any) -> dict[Candidate, float]:
+    found: dict[Candidate, float] = {}
+    for text, loss in (kept if isinstance(kept, dict) else {}).items():
+        with contextlib.suppress(ValueError):
+            if isinstance(loss, int | float) and 0 <= loss < math.inf:
+                found[Candidate.parse(text)] = float(loss)
     return found
 
 
