@@ -134,6 +134,21 @@ def test_a_target_size_is_kept_to_and_the_smallest_is_told(
         assert result.size_bytes == sum(bytes_of(info) for info in stored(tmp_path / str(size)))
 
 
+def test_a_budget_beyond_all_need_is_told(uncached: Path, text: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    qexport.quantize(
+        uncached,
+        tmp_path / "out",
+        spec_of("rtn", format="gptq_v2", target_size="100GB"),
+        on_event=lambda event: notes.append(event.text) if isinstance(event, Noted) else None,
+    )
+    assert any("--target-size 100 GB: every layer has what loses least, with " in note for note in notes)
+    # no --calibration is advised, which a method without data has not
+    assert any("measured on the package's own" in note for note in notes)
+    assert not any("--calibration" in note for note in notes)
+    assert {layer["bits"] for layer in planned_layers(tmp_path / "out").values()} == {8}
+
+
 def stored(path: Path) -> list[Any]:
     from safetensors import safe_open
 
@@ -234,7 +249,7 @@ def test_one_budget_at_a_time_and_where_it_can_be_kept(uncached: Path, text: Pat
         budgeted(text, max_loss="3%", plan="plan.json")
     with pytest.raises(SpecError, match="an average from 2 to 8"):
         qexport.quantize(uncached, tmp_path / "out", budgeted(text, bits=1.5))
-    with pytest.raises(SpecError, match="in an AWQ checkpoint"):
+    with pytest.raises(SpecError, match="awq cannot tell layers of differing bits apart"):
         qexport.quantize(
             uncached,
             tmp_path / "out",

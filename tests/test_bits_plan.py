@@ -139,6 +139,14 @@ def test_the_command_line_plans_and_takes_the_plan_back(
     file = tmp_path / "out" / "model.safetensors"
     header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
     assert json.loads(plan.read_text())["size_bytes"] == file.stat().st_size - header
+    for command, told in (
+        (("--plan", tmp_path), "this is a directory"),
+        (("--plan", plan, "--bits", "4,3"), "--bits 4,3 beside --plan"),
+        (("--plan-only",), "--plan-only without a budget"),
+    ):
+        code, _, err = cli("quantize", uncached, "-o", tmp_path / "no", *command, *options)
+        assert code == 2
+        assert told in err
     for wrong in ("3.x", "9.5", "7", "0"):
         code, _, err = cli("quantize", uncached, "-o", tmp_path / "no", "--bits", wrong, *options)
         assert code == 2

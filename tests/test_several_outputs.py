@@ -116,7 +116,10 @@ def test_all_of_a_pass_or_none(
         (("--method", "rtn,bnb", "--damp", "0.1"), "--damp is no option of rtn, bnb"),
         (("--method", "rtn,hqq", "--device", "cpu"), "--device is no option of rtn, hqq"),
         # what only a later one runs into
-        (("--method", "rtn,awq", "--bits", "3.5", "--group-size", "32"), "in an AWQ checkpoint"),
+        (
+            ("--method", "rtn,awq", "--bits", "3.5", "--group-size", "32"),
+            "awq cannot tell layers of differing bits apart",
+        ),
         (("--method", "rtn,eetq", "--target-size", "300KB"), "eetq has one grid"),
         (("--method", "rtn,hqq", "--target-size", "1KB"), "the smallest that"),
         (("--method", "rtn,awq", "--calibration", "nowhere.txt"), "nowhere.txt"),

@@ -63,21 +63,29 @@ def _widths(spec: AnyQuantizeSpec) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Allotment:
-    """All that an allotment needs and no budget: `uniform` is the plan without one; `units` are the layers
-    that are one choice; `grids` and `losses` tell what each layer may get, and what that costs."""
+class Choices:
+    """What there is to allot: `uniform` is the plan without a budget; `units` are the layers that are one
+    choice; `grids` tell what each layer may get."""
 
-    spec: AnyQuantizeSpec
     uniform: Plan
     units: Sequence[tuple[str, ...]]
     grids: Mapping[str, Mapping[Candidate, Grid]]
+
+
+@dataclass(frozen=True)
+class Allotment:
+    """Choices, and the `losses`, nats a token, that each was measured to cost on `tokens`."""
+
+    spec: AnyQuantizeSpec
+    choices: Choices
     losses: Losses
     tokens: int
 
     def plan(self, most: float | None = None) -> BitsPlan:
         """The plan of the spec's budget; `most`, for --max-loss, is the KL, nats a token, in place of
         log(1 + max_loss). Raises SpecError when no plan keeps to it."""
-        options = [self._options(unit) for unit in self.units]
+        units = self.choices.units
+        options = [self._options(unit) for unit in units]
         costs = [[option for _, option in unit] for unit in options]
         if self.spec.max_loss is not None:
             limit = math.log1p(self.spec.max_loss) if most is None else most
@@ -85,7 +93,7 @@ class Allotment:
             if chosen is None:
                 best = math.expm1(sum(min(option.loss for option in unit) for unit in costs))
                 raise SpecError(
-                    f"--max-loss {format_share(self.spec.max_loss)}: with the most bits that "
+                    f"{asked(self.spec)}: with the most bits that "
                     f"{self.spec.format} has, the perplexity is predicted to rise by {format_share(best)}",
                     expected="more than that",
                 )
@@ -94,30 +102,32 @@ class Allotment:
             if chosen is None:
                 least = (self._fixed() + smallest_size(costs)) * self._copies
                 raise SpecError(
-                    f"{self._asked()}: the smallest that {self.spec.format} gives here is {least} bytes "
+                    f"{asked(self.spec)}: the smallest that {self.spec.format} gives here is {least} bytes "
                     f"({format_size(least)})",
                     expected="at least that",
                 )
         candidates = {
             name: unit_options[number][0]
-            for unit, unit_options, number in zip(self.units, options, chosen, strict=True)
+            for unit, unit_options, number in zip(units, options, chosen, strict=True)
             for name in unit
         }
         size = (self._fixed() + total_size(costs, chosen)) * self._copies
-        return _bits_plan(self.spec, self.uniform, candidates, size, self.losses, self.tokens)
+        return _bits_plan(self.spec, self.choices.uniform, candidates, size, self.losses, self.tokens)
+
+    def is_best(self, plan: BitsPlan) -> bool:
+        """Whether no other plan is predicted to lose less."""
+        return all(
+            layer.loss == min(layer.losses.values(), default=layer.loss) for layer in plan.layers.values()
+        )
 
     def _options(self, unit: Sequence[str]) -> list[tuple[Candidate, Option]]:
-        method, shapes = self.uniform.method, self.uniform.shapes
-        common = [
-            candidate
-            for candidate in self.grids[unit[0]]
-            if all(candidate in self.grids[name] for name in unit)
-        ]
+        method, shapes, grids = self.choices.uniform.method, self.choices.uniform.shapes, self.choices.grids
+        common = [candidate for candidate in grids[unit[0]] if all(candidate in grids[name] for name in unit)]
         return [
             (
                 candidate,
                 Option(
-                    sum(stored_bytes(method, shapes[name], self.grids[name][candidate]) for name in unit),
+                    sum(stored_bytes(method, shapes[name], grids[name][candidate]) for name in unit),
                     math.fsum(self.losses[name][candidate] for name in unit),
                 ),
             )
@@ -130,26 +140,34 @@ class Allotment:
 
     def _fixed(self) -> int:
         """Bytes of everything that the allotment leaves as it is, once."""
-        method, shapes, grids = self.uniform.method, self.uniform.shapes, self.uniform.grids
-        own = sum(stored_bytes(method, shapes[name], grids[name]) for unit in self.units for name in unit)
-        return sum(info.size for info in self.uniform.infos) - own
+        uniform = self.choices.uniform
+        own = sum(
+            stored_bytes(uniform.method, uniform.shapes[name], uniform.grids[name])
+            for unit in self.choices.units
+            for name in unit
+        )
+        return sum(info.size for info in uniform.infos) - own
 
     def _budget(self) -> int:
         """Bytes for all weights, once."""
         if self.spec.target_size is not None:
             return self.spec.target_size // self._copies
         assert self.spec.average_bits is not None  # noqa: S101 - one of the three is set
-        shapes = self.uniform.shapes
+        uniform = self.choices.uniform
         return self._fixed() + sum(
-            _at_average(self.uniform.method, shapes[name], self.spec.average_bits)
-            for unit in self.units
+            _at_average(uniform.method, uniform.shapes[name], self.spec.average_bits)
+            for unit in self.choices.units
             for name in unit
         )
 
-    def _asked(self) -> str:
-        if self.spec.target_size is not None:
-            return f"--target-size {format_size(self.spec.target_size)}"
-        return f"--bits {self.spec.average_bits:g}"
+
+def asked(spec: AnyQuantizeSpec) -> str:
+    """The budget as the user gave it."""
+    if spec.target_size is not None:
+        return f"--target-size {format_size(spec.target_size)}"
+    if spec.max_loss is not None:
+        return f"--max-loss {format_share(spec.max_loss)}"
+    return f"--bits {spec.average_bits:g}"
 
 
 def _at_average(method: Method, shape: tuple[int, int], bits: float) -> int:
@@ -171,8 +189,7 @@ def _at_average(method: Method, shape: tuple[int, int], bits: float) -> int:
 
 
 def prepare(
-    checkpoint: Checkpoint,
-    skeleton: Skeleton,
+    choices: Choices,
     spec: AnyQuantizeSpec,
     data: CalibrationData,
     *,
@@ -185,13 +202,11 @@ def prepare(
     """Measures, unless the cache knows, what each layer may cost. `inputs` are the hashes of what the model
     is made of; `memory` bytes are for hidden states, those past it go to a file in `directory`. The model
     runs on `device`.
-
-    Raises SpecError where the format has but one grid, or none that may differ from layer to layer.
     """
-    uniform, units, grids = check_budget(checkpoint, skeleton, spec)
-    measured = {name: grids[name] for unit in units for name in unit}
+    uniform = choices.uniform
+    measured = {name: choices.grids[name] for unit in choices.units for name in unit}
     losses = losses_of(
-        checkpoint,
+        uniform.checkpoint,
         uniform.skeleton,
         uniform.method,
         measured,
@@ -202,13 +217,11 @@ def prepare(
         device=device,
         on_event=on_event,
     )
-    return Allotment(spec, uniform, units, grids, losses, measured_windows(data.windows).numel())
+    return Allotment(spec, choices, losses, measured_windows(data.windows).numel())
 
 
-def check_budget(
-    checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec
-) -> tuple[Plan, list[tuple[str, ...]], dict[str, dict[Candidate, Grid]]]:
-    """An allotment's `uniform`, `units` and `grids`: all that is known before anything is measured.
+def choices_of(checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec) -> Choices:
+    """All that is known before anything is measured.
 
     Raises SpecError where the format has but one grid, or none that may differ from layer to layer, and for
     an average or a size that cannot be kept to.
@@ -219,11 +232,12 @@ def check_budget(
     all_grids = grids_to_try(uniform.method)
     grids = {name: fitting(uniform.method, uniform.shapes[name], all_grids) for name in wanted}
     units = units_of(uniform.skeleton, {name for name, found in grids.items() if found})
-    _check_mixing(spec, uniform, units, grids)
+    choices = Choices(uniform, units, grids)
+    _check_mixing(spec, choices)
     if spec.max_loss is None:  # whether the budget can be kept to is known before
         unknown = {name: dict.fromkeys(grids[name], 0.0) for unit in units for name in unit}
-        Allotment(spec, uniform, units, grids, unknown, 0).plan()
-    return uniform, units, grids
+        Allotment(spec, choices, unknown, 0).plan()
+    return choices
 
 
 def _other_bits(spec: AnyQuantizeSpec) -> list[str]:
@@ -231,25 +245,27 @@ def _other_bits(spec: AnyQuantizeSpec) -> list[str]:
     return [text for text in spec.override if parse_override(text).bits != FULL]
 
 
-def _check_mixing(
-    spec: AnyQuantizeSpec,
-    uniform: Plan,
-    units: Sequence[Sequence[str]],
-    grids: Mapping[str, Mapping[Candidate, Grid]],
-) -> None:
-    """SpecError, the format's own, where its config cannot tell layers of differing bits."""
-    choices = {candidate for unit in units for candidate in grids[unit[0]]}
-    if len(choices) < 2:
+def _check_mixing(spec: AnyQuantizeSpec, choices: Choices) -> None:
+    """SpecError where the format's config cannot tell layers of differing bits."""
+    uniform, units, grids = choices.uniform, choices.units, choices.grids
+    remedy = "another format, such as gptq, gptq_v2 or mlx"
+    found = {candidate for unit in units for candidate in grids[unit[0]]}
+    if len(found) < 2:
         raise SpecError(
-            f"{spec.format} has one grid for these layers ({', '.join(map(str, choices)) or 'none'}): there "
-            "is nothing to allot",
-            remedy="another format, such as gptq, gptq_v2 or mlx",
+            f"{asked(spec)}: {spec.format} has one grid for these layers "
+            f"({', '.join(map(str, found)) or 'none'}): there is nothing to allot",
+            remedy=remedy,
         )
     first = units[0]
     now = candidate_of(uniform.grids[first[0]])
     other = next(candidate for candidate in grids[first[0]] if candidate != now)
     trial = planned_spec(spec, uniform, dict.fromkeys(first, other))
-    plan_quantization(uniform.checkpoint, uniform.skeleton, trial, ignore)
+    try:
+        plan_quantization(uniform.checkpoint, uniform.skeleton, trial, ignore)
+    except SpecError as error:
+        raise SpecError(
+            f"{asked(spec)}: {spec.format} cannot tell layers of differing bits apart", remedy=remedy
+        ) from error
 
 
 def planned_spec(

@@ -24,7 +24,8 @@ from qexport.modeling.calibration import CalibrationData, calibration_data, chec
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.quantization.allotment.allot import (
     Allotment,
-    check_budget,
+    asked,
+    choices_of,
     plan_from_file,
     planned_spec,
     prepare,
@@ -33,6 +34,7 @@ from qexport.quantization.allotment.allot import (
 from qexport.quantization.allotment.plan_file import BitsPlan
 from qexport.quantization.plan import plan_quantization
 from qexport.quantization.source import Source, opened_source
+from qexport.sizes import format_size
 from qexport.specs import AnyQuantizeSpec, CalibrationSpec
 
 ROUNDS = 3  # how often --max-loss quantizes at most
@@ -86,10 +88,20 @@ def planned(
     if spec.group_size is not None:
         what = "sets the size that the average comes to" if spec.average_bits else "is one to choose from"
         on_event(Noted(f"--group-size {spec.group_size} {what}; each layer gets the group size that pays"))
+    choices = choices_of(source.checkpoint, skeleton, spec)
     text = spec if isinstance(spec, CalibrationSpec) else CalibrationSpec()
     device = device_of(text.device)  # whether it is there is known before a text is read
+    own = isinstance(spec, CalibrationSpec)
+    if not own:
+        on_event(
+            Noted("what layers lose is measured on the package's own little text: a method without data")
+        )
     data = calibration_data(
-        source.path, text, skeleton, trust_remote_code=trust_remote_code, on_event=on_event
+        source.path,
+        text,
+        skeleton,
+        trust_remote_code=trust_remote_code,
+        on_event=on_event if own else ignore,
     )
     held_out = None
     if spec.max_loss is not None:
@@ -101,8 +113,7 @@ def planned(
         cut = data.samples - -(-data.samples // _HELD_OUT)
         data, held_out = replace(data, windows=data.windows[:cut]), data.windows[cut:]
     allotment = prepare(
-        source.checkpoint,
-        skeleton,
+        choices,
         spec,
         data,
         inputs=source.inputs(),
@@ -112,12 +123,16 @@ def planned(
         on_event=on_event,
     )
     plan = allotment.plan()
+    if spec.max_loss is None and allotment.is_best(plan):
+        on_event(
+            Noted(f"{asked(spec)}: every layer has what loses least, with {format_size(plan.size_bytes)}")
+        )
     return Planned(_spec_of(allotment, plan), plan, data, held_out, allotment)
 
 
 def _spec_of(allotment: Allotment, plan: BitsPlan) -> AnyQuantizeSpec:
     candidates = {name: layer.candidate for name, layer in plan.layers.items()}
-    return planned_spec(allotment.spec, allotment.uniform, candidates)
+    return planned_spec(allotment.spec, allotment.choices.uniform, candidates)
 
 
 def write_plan(
@@ -136,8 +151,10 @@ def write_plan(
     StorageError.
     """
     if spec.format == "gguf" or not (spec.budget or spec.plan):
+        what = "for gguf" if spec.format == "gguf" else "without a budget"
         raise SpecError(
-            "--plan-only", expected="with --bits 3.5, --target-size, --max-loss or --plan, and not for gguf"
+            f"--plan-only {what}",
+            expected="it is for --bits 3.5, --target-size, --max-loss and --plan, and not for gguf",
         )
     check_target_file(out, "plan", _is_plan, overwrite=overwrite)
     with opened_source(
@@ -209,7 +226,7 @@ def uniform_size(source: Source, skeleton: Skeleton, spec: AnyQuantizeSpec) -> i
         check_calibration(spec)
     if spec.plan is not None:
         return plan_from_file(source.checkpoint, skeleton, spec)[1].size_bytes
-    check_budget(source.checkpoint, skeleton, spec)
+    choices_of(source.checkpoint, skeleton, spec)
     if spec.target_size is not None:
         return spec.target_size
     plain = without_budget(spec)

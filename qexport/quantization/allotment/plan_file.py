@@ -124,7 +124,8 @@ def read_plan(path: Path, layers: Collection[str]) -> ReadPlan:
     that is no plan, a name that is none of `layers`, and values that are no bits or group sizes.
     """
     if not is_file(path):
-        raise SpecError(f"--plan {path}: there is no such file")
+        what = "this is a directory" if path.is_dir() else "there is no such file"
+        raise SpecError(f"--plan {path}: {what}", expected=f"a {PLAN_FILE}")
     content = read_json(path)
     planned = content.get(_LAYERS)
     if not isinstance(planned, dict) or not planned:
