@@ -11,13 +11,15 @@ import pytest
 import torch
 
 import qexport
+from qexport.devices import CPU
 from qexport.errors import GateError, SpecError
 from qexport.events import Noted, ignore
 from qexport.formats.opening import open_checkpoint
 from qexport.graph.recipe import ExportRecipe
 from qexport.modeling.skeleton import build_skeleton
 from qexport.quantization.allotment.candidates import Candidate, grids_to_try, stored_bytes
-from qexport.quantization.allotment.make import perplexity_rise, write_plan
+from qexport.quantization.allotment.held_out import HeldOut
+from qexport.quantization.allotment.make import write_plan
 from qexport.quantization.allotment.plan_file import PLAN_FILE
 from qexport.quantization.plan import plan_quantization
 from qexport.specs import VerifySpec, spec_of
@@ -180,11 +182,11 @@ def test_a_loss_is_promised_on_samples_held_out(
     # a prediction that is too good: more bits are given, and again, and then it is said
     sizes: list[int] = []
 
-    def rises(source: Any, quantized: Path, *args: Any, **options: Any) -> float:
+    def rises(_: HeldOut, quantized: Path) -> float:
         sizes.append(open_size(quantized))
         return 0.2
 
-    monkeypatch.setattr("qexport.quantization.quantize.perplexity_rise", rises)
+    monkeypatch.setattr(HeldOut, "rise", rises)
     with pytest.raises(GateError, match="after 3 rounds"):
         qexport.quantize(uncached, tmp_path / "never", budgeted(text, max_loss="10%"))
     assert sizes[0] < sizes[1] < sizes[2]
@@ -202,7 +204,7 @@ def test_what_loses_too_much_never_stands(
     rise: float, told: str, uncached: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it at a second call, nor in the place of what was there."""
-    monkeypatch.setattr("qexport.quantization.quantize.perplexity_rise", lambda *args, **options: rise)
+    monkeypatch.setattr(HeldOut, "rise", lambda *args: rise)
     spec = budgeted(text, max_loss="10%", effort="fast")
     verify = VerifySpec(text=str(text), window=32, max_documents=4)
     recipe = ExportRecipe(
@@ -233,7 +235,9 @@ def test_the_rise_is_that_of_transformers(uncached: Path, text: Path, tmp_path: 
     result = qexport.quantize(uncached, tmp_path / "out", budgeted(text, bits=2))
     windows = windows_of(uncached, text)
     source = Source(open_checkpoint(uncached), uncached, dict, [])
-    found = perplexity_rise(source, result.path, windows, memory=1 << 30, trust_remote_code=False)
+    held_out = HeldOut(source, windows, 1 << 30, CPU, trust_remote_code=False)
+    found = held_out.rise(result.path)
+    assert held_out.rise(result.path) == found
     plain = convert(result.path, tmp_path / "plain", ConvertSpec(dtype="float32"))
     nll = []
     for path in (uncached, plain.path):

@@ -12,17 +12,15 @@ from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.checkpoint.hashing import file_hash
 from qexport.checkpoint.manifest import Recipe, fingerprint
 from qexport.checkpoint.staging import check_target
-from qexport.devices import device_of
 from qexport.errors import GateError, SpecError
 from qexport.events import Noted, OnEvent, ignore
 from qexport.formats.gguf.text_model import is_multimodal
 from qexport.methods import FORMATS
 from qexport.modeling.calibration import calibration_fingerprints, check_calibration
 from qexport.modeling.skeleton import Skeleton, build_skeleton
+from qexport.quantization.allotment.held_out import HeldOut
 from qexport.quantization.allotment.make import (
     ROUNDS,
-    Planned,
-    perplexity_rise,
     planned,
     told,
     uniform_size,
@@ -195,9 +193,11 @@ def _planned(
     where the prediction was too good, quantized again with more bits, some rounds at most."""
     spec, out = job.spec, job.out
     made = planned(source, skeleton, spec, out.parent, trust_remote_code=trust_remote_code, on_event=on_event)
+    gate = None
+    if made.held_out and spec.max_loss is not None:
+        gate = partial(_gate, made.held_out, spec.max_loss, on_event)
     for number in range(1, ROUNDS + 1):
         on_event(told(made.plan))
-        gate = partial(_gate, source, spec, made, trust_remote_code=trust_remote_code, on_event=on_event)
         try:
             (result,) = write_together(
                 source,
@@ -234,29 +234,12 @@ class _TooLossyError(Exception):
         super().__init__(rise)
 
 
-def _gate(
-    source: Source,
-    spec: AnyQuantizeSpec,
-    made: Planned,
-    directory: Path,
-    *,
-    trust_remote_code: bool,
-    on_event: OnEvent,
-) -> None:
-    """Raises _TooLossyError when the model in `directory` loses more than the spec's max_loss."""
-    if spec.max_loss is None or made.held_out is None:
-        return
-    rise = perplexity_rise(
-        source,
-        directory,
-        made.held_out,
-        memory=spec.memory if isinstance(spec, CalibrationSpec) else CalibrationSpec().memory,
-        device=device_of(spec.device),
-        trust_remote_code=trust_remote_code,
-    )
-    allowed = format_share(spec.max_loss)
+def _gate(held_out: HeldOut, max_loss: float, on_event: OnEvent, directory: Path) -> None:
+    """Raises _TooLossyError when the model in `directory` loses more than `max_loss`."""
+    rise = held_out.rise(directory)
+    allowed = format_share(max_loss)
     on_event(Noted(f"perplexity on calibration samples held out: {_signed(rise)}, allowed {allowed}"))
-    if not rise <= spec.max_loss:  # so that NaN does not pass
+    if not rise <= max_loss:  # so that NaN does not pass
         raise _TooLossyError(rise)
 
 

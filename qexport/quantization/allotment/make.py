@@ -8,18 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
-from qexport.calibrate.windows import batches
 from qexport.checkpoint.checkpoint import read_json
 from qexport.checkpoint.staging import check_target_file, write_file_atomically
-from qexport.devices import CPU, device_of
+from qexport.devices import device_of
 from qexport.errors import QexportError, SpecError
 from qexport.events import Noted, OnEvent, ignore
-from qexport.formats.opening import open_checkpoint
 from qexport.methods import FORMATS
-from qexport.modeling.activations import Activations
-from qexport.modeling.blocks import BlockStream
 from qexport.modeling.calibration import CalibrationData, calibration_data, check_calibration
 from qexport.modeling.skeleton import Skeleton, build_skeleton
 from qexport.quantization.allotment.allot import (
@@ -31,6 +25,7 @@ from qexport.quantization.allotment.allot import (
     prepare,
     without_budget,
 )
+from qexport.quantization.allotment.held_out import HeldOut
 from qexport.quantization.allotment.plan_file import BitsPlan
 from qexport.quantization.plan import plan_quantization
 from qexport.quantization.source import Source, opened_source
@@ -39,7 +34,6 @@ from qexport.specs import AnyQuantizeSpec, CalibrationSpec
 
 ROUNDS = 3  # how often --max-loss quantizes at most
 _HELD_OUT = 8  # of so many calibration samples it keeps one to itself
-_BATCH_TOKENS = 4096
 _MARGIN = 0.95  # what a next round aims at, as a share of what would do if losses were proportional
 
 
@@ -47,14 +41,14 @@ _MARGIN = 0.95  # what a next round aims at, as a share of what would do if loss
 class Planned:
     """A plan, the spec that it comes to, and the calibration samples where they were read already.
 
-    `held_out` int64 [samples, length] are those that no solver is to see; `allotment` is None for a plan that
-    was read.
+    `held_out` are those that no solver is to see, with --max-loss; `allotment` is None for a plan that was
+    read.
     """
 
     spec: AnyQuantizeSpec
     plan: BitsPlan
     data: CalibrationData | None = None
-    held_out: torch.Tensor | None = None
+    held_out: HeldOut | None = None
     allotment: Allotment | None = None
 
     def tightened(self, rise: float) -> Planned:
@@ -111,7 +105,8 @@ def planned(
                 expected="more text, or shorter samples: --sequence-length",
             )
         cut = data.samples - -(-data.samples // _HELD_OUT)
-        data, held_out = replace(data, windows=data.windows[:cut]), data.windows[cut:]
+        held_out = HeldOut(source, data.windows[cut:], text.memory, device, trust_remote_code)
+        data = replace(data, windows=data.windows[:cut])
     allotment = prepare(
         choices,
         spec,
@@ -173,48 +168,6 @@ def _is_plan(path: Path) -> bool:
         return "layers" in read_json(path)
     except QexportError:
         return False
-
-
-def perplexity_rise(
-    source: Source,
-    quantized: Path,
-    windows: torch.Tensor,
-    *,
-    memory: int,
-    device: torch.device = CPU,
-    trust_remote_code: bool,
-) -> float:
-    """How much higher the perplexity of the model in `quantized` is than that of `source`, as a share, on
-    token ids [samples, length]; negative where it is lower. Both run in fp32 on `device`."""
-    full = _nll(source, windows, memory, quantized.parent, device, trust_remote_code)
-    own = Source(open_checkpoint(quantized), source.path, dict, [])
-    rise = _nll(own, windows, memory, quantized.parent, device, trust_remote_code) - full
-    return math.expm1(min(rise, 700.0))  # past which no float has it
-
-
-def _nll(
-    source: Source,
-    windows: torch.Tensor,
-    memory: int,
-    directory: Path,
-    device: torch.device,
-    trust_remote_code: bool,
-) -> float:
-    """Mean negative log-likelihood of all tokens but the windows' first, nats."""
-    skeleton = build_skeleton(source.path, trust_remote_code=trust_remote_code)
-    stream = BlockStream(skeleton, source.checkpoint, device=device)
-    parts = batches(windows, _BATCH_TOKENS)
-    with Activations(memory, directory, torch.float32) as hidden:
-        hidden.extend(stream.embeddings(parts))
-        for index in range(len(stream)):
-            with stream.block(index):
-                for number, batch in enumerate(hidden):
-                    hidden[number] = stream.run(index, batch)
-        total = 0.0
-        for tokens, logits in zip(parts, stream.logits(parts, hidden), strict=True):
-            chances = logits[:, :-1].float().log_softmax(-1)
-            total -= float(chances.gather(-1, tokens[:, 1:, None].to(device)).double().sum())
-    return total / (windows.shape[0] * (windows.shape[1] - 1))
 
 
 def uniform_size(source: Source, skeleton: Skeleton, spec: AnyQuantizeSpec) -> int:
