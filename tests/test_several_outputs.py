@@ -10,7 +10,7 @@ import pytest
 import qexport
 from qexport.checkpoint.hashing import file_hash
 from qexport.errors import StorageError
-from qexport.events import Event, Started
+from qexport.events import Event, Noted, Started
 from qexport.quantization import data_free, together
 from qexport.quantization.quantize import quantize_several
 from qexport.specs import spec_of
@@ -102,6 +102,22 @@ def test_all_of_a_pass_or_none(
     with pytest.raises(StorageError, match="full"):
         quantize_several(llama, specs)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_tells_what_stands(llama: Path, tmp_path: Path) -> None:
+    specs = {tmp_path / str(bits): spec_of("rtn", bits=bits) for bits in (8, 4, 3)}
+    notes: list[str] = []
+
+    def interrupt(event: Event) -> None:
+        if isinstance(event, Noted):
+            notes.append(event.text)
+        elif isinstance(event, Started) and event.stage == "rtn 3 bits":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_several(llama, specs, on_event=interrupt)
+    assert notes[-1] == f"2 of 3 outputs stand: {tmp_path / '8'}, {tmp_path / '4'}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "8"]
 
 
 @pytest.mark.parametrize(

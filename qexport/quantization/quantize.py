@@ -126,19 +126,24 @@ def quantize_several(
             source, adapters, specs[0], trust_remote_code=trust_remote_code, on_event=ignore
         ) as opened:
             _check(opened, specs, trust_remote_code=trust_remote_code)
-    for group in passes:
-        if len(group) == 1:
-            out, spec = group[0]
-            results[out] = quantize(source, out, spec, adapters=adapters, on_event=on_event, **options)
-            continue
-        first = group[0][1]
-        with opened_source(
-            source, adapters, first, trust_remote_code=trust_remote_code, on_event=on_event
-        ) as opened:
-            skeleton = build_skeleton(opened.path, trust_remote_code=trust_remote_code)
-            jobs = [Job(out, spec, partial(_recipe_of, opened, spec)) for out, spec in group]
-            found = write_together(opened, skeleton, jobs, on_event=on_event, **options)
-        results |= dict(zip((out for out, _ in group), found, strict=True))
+    try:
+        for group in passes:
+            if len(group) == 1:
+                out, spec = group[0]
+                results[out] = quantize(source, out, spec, adapters=adapters, on_event=on_event, **options)
+                continue
+            first = group[0][1]
+            with opened_source(
+                source, adapters, first, trust_remote_code=trust_remote_code, on_event=on_event
+            ) as opened:
+                skeleton = build_skeleton(opened.path, trust_remote_code=trust_remote_code)
+                jobs = [Job(out, spec, partial(_recipe_of, opened, spec)) for out, spec in group]
+                found = write_together(opened, skeleton, jobs, on_event=on_event, **options)
+            results |= dict(zip((out for out, _ in group), found, strict=True))
+    except BaseException:
+        if results:
+            on_event(Noted(f"{len(results)} of {len(outs)} outputs stand: {', '.join(map(str, results))}"))
+        raise
     return [results[out] for out in outs]
 
 
