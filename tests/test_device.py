@@ -30,6 +30,8 @@ from tests.pretend_device import DEVICE, register
 from tests.tiny import tiny_model
 from tests.zoo import zoo_model
 
+register()  # before any test's backward: autograd counts the devices once
+
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
 GPT2: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "num_key_value_heads": 4}
 MIXTRAL: dict[str, Any] = {
@@ -70,7 +72,6 @@ def _thawed() -> Iterator[None]:
 @pytest.fixture
 def pretend(_thawed: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The device's name, which options may give; afterwards nothing is left there."""
-    register()
     monkeypatch.setattr(devices, "_TYPES", (*devices._TYPES, DEVICE))
     monkeypatch.setattr(products, "fast_in_bf16", lambda: False)  # it is for CPUs alone
     gc.collect()

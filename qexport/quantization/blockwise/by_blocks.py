@@ -27,6 +27,7 @@ from qexport.quantization.blockwise.full_block import FullBlock
 from qexport.quantization.blockwise.lanes import Lane
 from qexport.quantization.blockwise.one_block import OneBlock
 from qexport.quantization.blockwise.output_curvature import OutputCurvatures
+from qexport.quantization.blockwise.quantized_block import QuantizedBlock
 from qexport.quantization.blockwise.remarks import Remarks
 
 _BATCH_TOKENS = 2048  # tokens that go through a block at once
@@ -88,7 +89,7 @@ class BlockQuantizer:
                 lane.hidden = store()
             for lane in weighing:
                 lane.earlier = store()
-            waiting: dict[int, OneBlock] = {}  # to be tuned once more, with the next
+            waiting: dict[int, QuantizedBlock] = {}  # to be tuned once more, with the next
             for index in range(len(stream)):
                 with stream.block(index) as module, ExitStack() as within:
                     curvature = curvatures.of_block(index) if curvatures else None
@@ -97,12 +98,11 @@ class BlockQuantizer:
                         full.inputs[inner] = store(share // _STORES_A_BLOCK, within)
                     full.run(lanes)
                     for number, lane in enumerate(lanes):
-                        one = OneBlock(lane, full, tokens, remarks, waiting.pop(number, None))
-                        one.solve()
+                        one = OneBlock(lane, full, tokens, remarks, waiting.pop(number, None)).solve()
                         if lane.earlier is not None and index + 1 < len(stream):
                             waiting[number] = one
                         else:
-                            one.finish()
+                            one.write()
                         del one
                 before, after = after, before
                 trim()

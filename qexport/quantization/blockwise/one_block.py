@@ -1,4 +1,4 @@
-"""One lane's work on one block: scales are moved, codes chosen, the block tuned, and all of it written.
+"""One lane's work on one block: scales are moved, codes chosen, and the block tuned.
 
 The block runs, and is tuned, on its stream's device. Scales and codes are chosen on the CPU, by compiled
 loops: what they need of weights and statistics comes there, and decoded weights go back into the block.
@@ -6,11 +6,9 @@ loops: what they need of weights and statistics comes there, and decoded weights
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -19,12 +17,13 @@ from qexport.calibrate.hessian import InputStatistics, adding, mean_abs
 from qexport.events import Advanced
 from qexport.methods import Prepared
 from qexport.modeling.activations import Activations
-from qexport.modeling.blocks import Layer, set_weight, weight_of
+from qexport.modeling.blocks import weight_of
 from qexport.modeling.folding import apply_fold
 from qexport.quantization.blockwise.full_block import FullBlock
 from qexport.quantization.blockwise.lanes import Group, Lane, stages
+from qexport.quantization.blockwise.quantized_block import QuantizedBlock
 from qexport.quantization.blockwise.remarks import Remarks
-from qexport.quantization.blockwise.tuning import Cost, Tunable, divergence, tune_blocks, weighed_error
+from qexport.quantization.blockwise.tuning import Cost, divergence, tune_blocks, weighed_error
 from qexport.quantization.fidelity import tensor_error
 from qexport.solvers.awq import search_awq_scales
 
@@ -41,7 +40,7 @@ class _Inputs:
 
 
 class OneBlock:
-    """On a copy of the full model's block, so that other lanes find that as it was."""
+    """What a lane makes of the block that `full` has, after its `previous` one, if that waits to be tuned."""
 
     def __init__(
         self,
@@ -49,27 +48,25 @@ class OneBlock:
         full: FullBlock,
         batches: Sequence[torch.Tensor],
         remarks: Remarks,
-        previous: OneBlock | None,
+        previous: QuantizedBlock | None,
     ) -> None:
         self._lane, self._full, self._previous = lane, full, previous
         self._batches, self._remarks = batches, remarks
         self._method, self._stream, self._index = lane.method, full.stream, full.index
-        self._block = copy.deepcopy(full.module)
+        self._own = QuantizedBlock(lane, full.stream, full.index, full.module)
         self._curvature = full.curvature if lane.method.weighs_outputs else None
         # not all that other lanes compare: what is written does not depend on those that go along
         self._compared = frozenset(full.compared([lane]))
         self._divided: dict[str, torch.Tensor] = {}  # layer -> what its inputs have been divided by
-        self._solved: dict[str, tuple[Layer, Any]] = {}
-        self._moved: set[str] = set()  # inner names of what had to change for the codes
 
     @property
     def _now(self) -> Activations:
         """The lane's own hidden states before the block."""
         return self._lane.hidden or self._full.before  # empty before the first block
 
-    def solve(self) -> None:
+    def solve(self) -> QuantizedBlock:
         """Chooses all codes of the block, and takes the lane's hidden states, if it has its own, through the
-        block as it became."""
+        block as it became. That is yet to be written; the previous one is."""
         groups = self._lane.groups(self._stream, self._index)
         if self._method.scaling:
             self._scale()
@@ -85,17 +82,7 @@ class OneBlock:
             self._tune()
         if self._lane.hidden is not None:
             self._propagate(self._lane.hidden)
-        # a block that waits to be tuned with the next holds no Hessians
-        del self._full, self._curvature, self._previous
-
-    def finish(self) -> None:
-        """Writes the codes, and what had to change for them."""
-        for layer, codes in self._solved.values():
-            for name, tensor in self._lane.plan.layer_tensors(layer.name, codes).items():
-                self._lane.write(name, tensor)
-        for _, name, stored in self._plain(self._moved):
-            self._lane.write(name, stored.cpu())
-            self._lane.rewritten.add(name)
+        return self._own
 
     def _propagate(self, hidden: Activations) -> None:
         """Takes the lane's hidden states through the block as it became."""
@@ -105,12 +92,9 @@ class OneBlock:
                 states = before[number]
             else:
                 # before this block, now that the previous one is done with
-                states = before[number] if self._previous is None else self._previous._run(earlier[number])
+                states = before[number] if self._previous is None else self._previous.run(earlier[number])
                 earlier.put(number, states)
-            hidden.put(number, self._run(states))
-
-    def _run(self, states: torch.Tensor) -> torch.Tensor:
-        return self._stream.run(self._index, states, self._block)
+            hidden.put(number, self._own.run(states))
 
     def _following(self, stage: Sequence[Group]) -> list[_Inputs]:
         """What the layers of a stage see now, and how that differs from what the full model sees."""
@@ -128,7 +112,7 @@ class OneBlock:
                         crosses[inner] = CrossMoment(x.shape[-1], x.device)
                     crosses[inner].add(then if divided is None else then / divided.to(then.device), x)
 
-            self._stream.inputs(self._index, self._now[number], wanted, see, block=self._block)
+            self._stream.inputs(self._index, self._now[number], wanted, see, block=self._own.module)
         return [_Inputs(seen.pop(inner, None), crosses.pop(inner, None)) for inner in wanted]
 
     def _solve_group(self, group: Group, inputs: _Inputs) -> None:
@@ -140,7 +124,7 @@ class OneBlock:
         prepared: dict[int, Prepared] = {}
         for layer in group:
             grid = lane.plan.grids[layer.name]
-            weight = weight_of(self._block, layer)
+            weight = weight_of(self._own.module, layer)
             width = grid.group_width(weight.shape[1])
             if width not in prepared:
                 prepared[width] = method.prepare(hessian, grid, cross)
@@ -148,19 +132,17 @@ class OneBlock:
             target = method.target(weight, prepared[width])
             outputs = self._curvature.of(layer.inner) if self._curvature else None
             codes = method.solve(target, prepared[width], grid, outputs)
-            decoded = grid.decode(codes)
+            decoded = self._own.put(layer, codes)
             lane.errors.append(
                 tensor_error(layer.name, grid.bits, target, decoded, hessian if inputs.seen else None)
             )
-            set_weight(self._block, layer, decoded)
-            self._solved[layer.inner] = layer, codes
             self._remarks.on_event(Advanced(1, layer.name))
 
     def _hessian(self, inputs: _Inputs, group: Group) -> torch.Tensor:
         """Mean of x x^T; zeros, under which every solver rounds, where no token came by."""
         self._remarks.inputs(inputs.seen, group)
         if inputs.seen is None:
-            count = weight_of(self._block, group[0]).shape[1]
+            count = weight_of(self._own.module, group[0]).shape[1]
             return torch.zeros(count, count)
         found = inputs.seen.mean(group[0].name)
         if inputs.scales is not None:
@@ -179,47 +161,34 @@ class OneBlock:
                 continue
             means = {id(found): found.mean(layer.name) for layer, found in seen}  # once for all that share it
             scales = search_awq_scales(
-                [(weight_of(self._block, layer), means[id(found)]) for layer, found in seen],
+                [(weight_of(self._own.module, layer), means[id(found)]) for layer, found in seen],
                 mean_abs([found for _, found in seen]),
                 # where overrides differ, the layer of the fewest bits needs the scales most
                 min((self._lane.plan.grids[layer.name] for layer, _ in seen), key=lambda grid: grid.bits),
                 points=spec.grid_points,
             )
             if bool((scales != 1).any()):
-                apply_fold(self._block, fold, scales)
+                apply_fold(self._own.module, fold, scales)
                 for inner in fold.targets:
                     self._divided[inner] = self._divided.get(inner, 1.0) * scales
                 changed |= {f"{fold.source}.{leaf}" for leaf in ("weight", "bias")}
                 changed |= {f"{target}.weight" for target in fold.targets}
-        self._round_changed(changed)
-        self._moved |= changed
+        self._own.change(changed)
 
     def _tune(self) -> None:
         """Scales and norms by gradients, for what the block puts out, together with those of the previous
         one; that is done with then, and written."""
-        blocks = [one for one in (self._previous, self) if one is not None]
+        blocks = [one for one in (self._previous, self._own) if one is not None]
         now = self._now if self._previous is None else self._lane.earlier
         assert now is not None  # noqa: S101 - there was a block before
         with self._cost() as cost:
             tuned = tune_blocks(
-                self._stream, [one._tunable() for one in blocks], wanted=self._full.after, now=now, cost=cost
+                self._stream, [one.tunable() for one in blocks], wanted=self._full.after, now=now, cost=cost
             )
         for one, found in zip(blocks, tuned, strict=True):
-            for inner, codes in found.codes.items():
-                one._solved[inner] = one._solved[inner][0], codes
-            one._moved |= found.changed
+            one.take(found)
         if self._previous is not None:
-            self._previous.finish()
-
-    def _tunable(self) -> Tunable:
-        names, grids = self._plain_names(), self._lane.plan.grids
-        return Tunable(
-            self._index,
-            self._block,
-            {inner: (layer, codes, grids[layer.name]) for inner, (layer, codes) in self._solved.items()},
-            names.keys(),
-            lambda inner, value: self._as_stored(names[inner], value),
-        )
+            self._previous.write()
 
     @contextmanager
     def _cost(self) -> Iterator[Cost]:
@@ -232,24 +201,3 @@ class OneBlock:
             return
         with self._stream.head() as logits:
             yield divergence(batches, logits)
-
-    def _round_changed(self, changed: Iterable[str]) -> None:
-        """What is no codes is written in its own dtype: the block goes on with that."""
-        for inner, _, stored in self._plain(changed):
-            parameter = self._block.get_parameter(inner)
-            parameter.data = stored.to(parameter.dtype)
-
-    def _plain(self, changed: Iterable[str]) -> Iterable[tuple[str, str, torch.Tensor]]:
-        """Inner name, name on disk and value of those that are stored as they are."""
-        names = self._plain_names()
-        for inner in sorted(set(changed) & names.keys()):
-            name = names[inner]
-            yield inner, name, self._as_stored(name, self._block.get_parameter(inner).data)
-
-    def _plain_names(self) -> dict[str, str]:
-        """Names on disk, by inner name, of the block's tensors that become no codes."""
-        names = self._stream.stored_names(self._index)
-        return {inner: name for inner, name in names.items() if name not in self._lane.plan.weights}
-
-    def _as_stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        return value.to(self._lane.plan.checkpoint.info(name).dtype)
