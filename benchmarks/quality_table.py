@@ -59,9 +59,10 @@ def _table(rows: Sequence[Row], methods: Sequence[str]) -> str:
     answers = "; BLEU" if "bleu" in full else ""
     lines = [
         f"**{full['model']}**: in full precision {told}. KL divergence to it in nats a token; rise of "
-        f"perplexity{answers}; with standard errors, the mean of the seeds. CPU seconds of the 4-bit file.",
+        f"perplexity{answers}; with standard errors, the mean of the seeds. Seconds, and CPU seconds, of the "
+        "4-bit file.",
         "",
-        "| method | group | " + " | ".join(f"{bits} bits" for bits in _BITS) + " | CPU s |",
+        "| method | group | " + " | ".join(f"{bits} bits" for bits in _BITS) + " | s (CPU s) |",
         "| --- | ---: |" + " ---: |" * (len(_BITS) + 1),
     ]
     reasons: dict[str, int] = {}
@@ -124,8 +125,11 @@ def _with_error(value: float, error: float) -> str:
 
 
 def _seconds(rows: Sequence[Row]) -> str:
-    found = [row["cpu_seconds"] for row in rows if row.get("cpu_seconds") is not None and row["bits"] == 4]
-    return f"{min(found):.1f}" if found else "–"
+    found = [row for row in rows if row.get("cpu_seconds") is not None and row["bits"] == 4]
+    if not found:
+        return "–"
+    least = min(found, key=lambda row: row["cpu_seconds"])
+    return f"{least['seconds']:.1f} ({least['cpu_seconds']:.1f})"
 
 
 def _spread(rows: Sequence[Row]) -> str:

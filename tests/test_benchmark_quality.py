@@ -68,16 +68,20 @@ def test_what_is_there_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
 def test_the_table_has_means_of_seeds_the_best_in_bold_and_reasons() -> None:
     full: Row = {"model": "m", "method": "full", "perplexity": 20.0, "perplexity_error": 0.5, "tokens": 1000}
     common: Row = {"model": "m", "group_size": 32, "rise": 0.05, "rise_error": 0.01, "kl_error": 0.001}
+
+    def took(seconds: float, cpu_seconds: float) -> Row:
+        return {"seconds": seconds, "cpu_seconds": cpu_seconds}
+
     rows = [
         full,
-        {**common, "method": "a", "label": "A", "bits": 4, "seed": 0, "kl": 0.02, "cpu_seconds": 7.0},
-        {**common, "method": "a", "label": "A", "bits": 4, "seed": 1, "kl": 0.04, "cpu_seconds": 9.0},
-        {**common, "method": "b", "label": "B", "bits": 4, "seed": 0, "kl": 0.05, "cpu_seconds": 1.0},
+        {**common, "method": "a", "label": "A", "bits": 4, "seed": 0, "kl": 0.02} | took(4.0, 7.0),
+        {**common, "method": "a", "label": "A", "bits": 4, "seed": 1, "kl": 0.04} | took(5.0, 9.0),
+        {**common, "method": "b", "label": "B", "bits": 4, "seed": 0, "kl": 0.05} | took(0.96, 1.0),
         {"model": "m", "method": "b", "label": "B", "bits": 3, "seed": 0, "group_size": 32, "error": "No: 3"},
     ]
     table = markdown(rows, ["b", "a"]).splitlines()
-    assert "| B | 32 | – | 0.050 ± 0.001; +5.00 ± 1.00 % | (1) | – | 1.0 |" in table
-    assert "| A | 32 | – | **0.030 ± 0.001**; +5.00 ± 1.00 % | – | – | 7.0 |" in table
+    assert "| B | 32 | – | 0.050 ± 0.001; +5.00 ± 1.00 % | (1) | – | 1.0 (1.0) |" in table
+    assert "| A | 32 | – | **0.030 ± 0.001**; +5.00 ± 1.00 % | – | – | 4.0 (7.0) |" in table
     assert "1. No: 3" in table
     assert "66.7%" in table[-1]  # (.04 - .02) / .03
 

@@ -24,6 +24,9 @@ def quantize(job: Job) -> Outcome:
     if "target_size" not in options:
         options["bits"] = job["bits"]
     spec = spec_of(**options)
+    skeleton = build_skeleton(
+        model
+    )  # with it transformers is imported, as the peers' are before their clocks
     if isinstance(spec, CalibrationSpec):
         samples: dict[str, Any] = {
             "calibration": (job["calibration"],),
@@ -33,7 +36,7 @@ def quantize(job: Job) -> Outcome:
         }
         spec = spec_of(**options, **samples)
         assert isinstance(spec, CalibrationSpec)  # noqa: S101 - it was
-        seen = calibration_data(model, spec, build_skeleton(model))
+        seen = calibration_data(model, spec, skeleton)
         if seen.windows.tolist() != job["ids"]:
             raise AssertionError("qexport would calibrate on other windows than the peers")
     with Clock() as clock:
