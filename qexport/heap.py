@@ -11,8 +11,8 @@ def trim() -> None:
     has no call for it (all but glibc).
 
     A pass block by block frees and allocates hundreds of megabytes of many sizes. glibc gives back what lies
-    at the heap's end alone; the rest splinters, and the peak creeps up with the blocks. Takes some 10 ms a
-    gigabyte, and the pages are cleared anew when they are needed again.
+    at the heap's end alone; the rest splinters, and the peak creeps up with the blocks. Takes some 10 ms, and
+    the pages are cleared anew when they are needed again.
     Source: malloc_trim(3).
     """
     with contextlib.suppress(AttributeError, OSError, TypeError):

@@ -19,6 +19,7 @@ from torch import nn
 from qexport.checkpoint.checkpoint import Checkpoint
 from qexport.devices import CPU
 from qexport.grids.products import LinearInBf16
+from qexport.heap import trim
 from qexport.modeling.architectures import Architecture, architecture_of
 from qexport.modeling.folding import Fold, expand, folds_of
 from qexport.modeling.places import Place, read_places
@@ -275,10 +276,12 @@ class BlockStream:
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """A block with its weights, for as long as the context lasts."""
+        """A block with its weights, for as long as the context lasts. Memory that is free then goes back to
+        the system."""
         block = self._blocks[index]
         with self._loaded(self._places(index), block):
             yield block
+        trim()
 
     @torch.no_grad()
     def run(self, index: int, hidden: torch.Tensor, block: nn.Module | None = None) -> torch.Tensor:

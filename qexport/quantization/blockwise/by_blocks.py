@@ -19,7 +19,6 @@ from qexport.calibrate.windows import batches
 from qexport.devices import CPU
 from qexport.events import OnEvent
 from qexport.grids.products import fast_in_bf16
-from qexport.heap import trim
 from qexport.modeling.activations import Activations
 from qexport.modeling.blocks import BlockStream
 from qexport.modeling.calibration import CalibrationData
@@ -105,4 +104,3 @@ class BlockQuantizer:
                             one.write()
                         del one
                 before, after = after, before
-                trim()
