@@ -52,8 +52,8 @@ class MergeResult:
 class TensorError:
     """How far a quantized matrix is from the weights it stands for: |W' - W| / |W|.
 
-    `weighted` is the same for its outputs on the calibration inputs, None for methods without data. Where blocks
-    are tuned both are those of the codes before that.
+    `weighted` is the same for its outputs on the calibration inputs, None for methods without data. Where
+    blocks are tuned both are those of the codes before that.
     """
 
     tensor: str

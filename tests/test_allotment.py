@@ -25,7 +25,7 @@ from qexport.quantization.plan import plan_quantization
 from qexport.specs import VerifySpec, spec_of
 from tests.budgeted import budgeted, planned_layers, windows_of
 from tests.conftest import shared
-from tests.tiny import in_transformers, logits
+from tests.tiny import in_transformers, logits, tiny_model
 from tests.zoo import ZOO
 
 
@@ -112,7 +112,7 @@ def test_layers_that_runtimes_fuse_are_not_parted_without_a_word(uncached: Path,
     assert not notes("*.o_proj=8", "*.down_proj=16", "*.0.self_attn.[qkv]_proj=8")
     (note,) = notes("*.0.self_attn.k_proj=8", "*.mlp.up_proj=16")
     assert "model.layers.0.self_attn.q_proj, " in note
-    assert "3 of 8 such sets" in note
+    assert "3 of 4 such sets" in note
     assert notes(skip=["*.1.self_attn.k_proj"])
     assert not notes("*.0.self_attn.k_proj=8", format="mlx")  # whose runtime fuses nothing
 
@@ -149,6 +149,17 @@ def test_a_budget_beyond_all_need_is_told(uncached: Path, text: Path, tmp_path: 
     assert any("measured on the package's own" in note for note in notes)
     assert not any("--calibration" in note for note in notes)
     assert {layer["bits"] for layer in planned_layers(tmp_path / "out").values()} == {8}
+    notes.clear()
+    size = open_size(tmp_path / "out")
+    for budget in (size, size - 20_000):  # with the header, and with a little less than all need
+        qexport.quantize(
+            uncached,
+            tmp_path / "out",
+            spec_of("rtn", format="gptq_v2", target_size=str(budget)),
+            overwrite=True,
+            on_event=lambda event: notes.append(event.text) if isinstance(event, Noted) else None,
+        )
+    assert len([note for note in notes if "what loses least" in note]) == 1
 
 
 def stored(path: Path) -> list[Any]:
@@ -227,7 +238,9 @@ def open_size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-def test_the_rise_is_that_of_transformers(uncached: Path, text: Path, tmp_path: Path) -> None:
+def test_the_rise_is_that_of_transformers(
+    uncached: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qexport.conversion import convert
     from qexport.quantization.source import Source
     from qexport.specs import ConvertSpec
@@ -236,8 +249,17 @@ def test_the_rise_is_that_of_transformers(uncached: Path, text: Path, tmp_path: 
     windows = windows_of(uncached, text)
     source = Source(open_checkpoint(uncached), uncached, dict, [])
     held_out = HeldOut(source, windows, 1 << 30, CPU, trust_remote_code=False)
+    runs: list[Path] = []
+    real = HeldOut._nll
+
+    def counted(self: HeldOut, source: Source, directory: Path) -> float:
+        runs.append(source.checkpoint.path)
+        return real(self, source, directory)
+
+    monkeypatch.setattr(HeldOut, "_nll", counted)
     found = held_out.rise(result.path)
     assert held_out.rise(result.path) == found
+    assert runs == [uncached, result.path, result.path]
     plain = convert(result.path, tmp_path / "plain", ConvertSpec(dtype="float32"))
     nll = []
     for path in (uncached, plain.path):
@@ -253,7 +275,7 @@ def test_one_budget_at_a_time_and_where_it_can_be_kept(uncached: Path, text: Pat
         budgeted(text, max_loss="3%", plan="plan.json")
     with pytest.raises(SpecError, match="an average from 2 to 8"):
         qexport.quantize(uncached, tmp_path / "out", budgeted(text, bits=1.5))
-    with pytest.raises(SpecError, match="awq cannot tell layers of differing bits apart"):
+    with pytest.raises(SpecError, match="awq does not take layers of differing grids"):
         qexport.quantize(
             uncached,
             tmp_path / "out",
@@ -262,6 +284,15 @@ def test_one_budget_at_a_time_and_where_it_can_be_kept(uncached: Path, text: Pat
     with pytest.raises(SpecError, match=r"--bits 3\.5 with gguf"):
         qexport.quantize(uncached, tmp_path / "out", spec_of("gguf", bits=3.5))
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_of_one_grid_beside_others_of_several(tmp_path: Path, text: Path) -> None:
+    """Inputs of 96 go in groups of 32 alone, those of 256 in more."""
+    model = tiny_model(tmp_path / "model", hidden_size=96, intermediate_size=256)
+    with pytest.raises(SpecError, match="awq does not take layers of differing grids"):
+        qexport.quantize(
+            model, tmp_path / "out", spec_of("awq", group_size=32, target_size="10MB", calibration=str(text))
+        )
 
 
 def test_bytes_are_those_of_the_files(uncached: Path, text: Path) -> None:

@@ -14,6 +14,7 @@ from qexport.events import Noted
 from qexport.quantization.allotment.candidates import Candidate
 from qexport.quantization.allotment.make import write_plan
 from qexport.quantization.allotment.plan_file import PLAN_FILE, BitsPlan, LayerPlan
+from qexport.specs import spec_of
 from tests.budgeted import budgeted
 from tests.conftest import RunCli
 
@@ -79,8 +80,17 @@ def test_what_an_edited_plan_is_predicted_to_lose(uncached: Path, text: Path, tm
 
     expected = sum(layer["kl_of"]["2:64"] for name, layer in layers.items() if name != down)
     assert made()["predicted_kl"] == pytest.approx(expected)
-    assert made()["measured_on_tokens"] == content["measured_on_tokens"]
+    assert made()["measured"] == content["measured"]
+    assert content["measured"]["tokens"] == 16 * 32
+    # of other methods nothing is predicted by what was measured for this one
+    rtn = spec_of("rtn", format="gptq_v2", symmetric=False, plan=str(plan))
+    for other in (rtn, budgeted(text, plan=str(plan), symmetric=True)):
+        qexport.quantize(uncached, tmp_path / "other", other, overwrite=True)
+        assert json.loads((tmp_path / "other" / PLAN_FILE).read_text())["predicted_kl"] is None
     for meddled in (
+        {"2:64": 10**400},
+        {"2:64": 1.7e308},
+        {"2:64": True},
         {"2:64": "much"},
         {"4:64": 0.1},
         {"2:64": -1},
@@ -92,11 +102,39 @@ def test_what_an_edited_plan_is_predicted_to_lose(uncached: Path, text: Path, tm
         assert made()["predicted_kl"] is None
 
 
+def test_a_plan_that_keeps_most_layers(uncached: Path, text: Path, tmp_path: Path) -> None:
+    """16 bits are no codes: neither in the mean of bits nor in the count of layers."""
+    plan = tmp_path / "plan.json"
+    write_plan(uncached, plan, budgeted(text, bits=3.5))
+    content = json.loads(plan.read_text())
+    for name in content["layers"]:
+        content["layers"][name] = {"bits": 3, "group_size": 64} if "down_proj" in name else {"bits": 16}
+    plan.write_text(json.dumps(content))
+    notes: list[str] = []
+    result = qexport.quantize(
+        uncached,
+        tmp_path / "out",
+        budgeted(text, plan=str(plan)),
+        on_event=lambda event: notes.append(event.text) if isinstance(event, Noted) else None,
+    )
+    assert (result.bits, result.quantized_layers) == (3, 2)
+    assert [(row.bits, row.group_size, row.layers) for row in result.plan] == [(3, 64, 2)]
+    assert any(note.startswith("plan: 3.00 bits on average, layers: 2 of 3 bits g64") for note in notes)
+    kept = json.loads((tmp_path / "out" / PLAN_FILE).read_text())["layers"]
+    assert [layer["bits"] for layer in kept.values()].count(16) == len(kept) - 2
+    for name in content["layers"]:
+        content["layers"][name] = {"bits": 16, "group_size": 48}
+    plan.write_text(json.dumps(content))
+    with pytest.raises(SpecError, match="leaves no layer to quantize"):
+        qexport.quantize(uncached, tmp_path / "no", budgeted(text, plan=str(plan)))
+
+
 @pytest.mark.parametrize(
     ("layers", "told"),
     [
         ({"model.layers.0.mlp.dwon_proj": {"bits": 4, "group_size": 32}}, "dwon_proj is no linear layer"),
         ({"model.layers.0.mlp.down_proj": {"bits": 5, "group_size": 32}}, "5 bits in the GPTQ layout"),
+        ({"model.layers.0.mlp.down_proj": {"bits": 32, "group_size": 32}}, "1 to 8 bits, or 16"),
         ({"model.layers.0.mlp.down_proj": {"bits": 4, "group_size": 48}}, "group size of 48"),
         ({"model.layers.0.mlp.down_proj": {"bits": "four"}}, "four"),
         ({"model.layers.0.mlp.down_proj": 4}, "down_proj has 4"),

@@ -14,7 +14,9 @@ import torch
 
 import qexport
 from qexport.events import Advanced, Event
+from qexport.modeling import blocks
 from qexport.modeling.activations import Activations
+from qexport.quantization.blockwise.full_block import FullBlock
 from qexport.specs import spec_of
 from tests.tiny import tiny_model
 
@@ -66,6 +68,23 @@ def test_tensors_alive_do_not_grow_with_the_blocks(
     shallow, deep = peaks
     assert shallow > BLOCK  # it does hold one
     assert deep - shallow < BLOCK / 4
+
+
+@pytest.mark.parametrize("name", ["fast", "balanced", "awq"])
+def test_memory_goes_back_after_each_block_with_nothing_of_it_held(
+    name: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, options = METHODS[name]
+    held: list[int] = []
+
+    def trim() -> None:
+        held.append(sum(type(thing) is FullBlock for thing in gc.get_objects()))
+
+    monkeypatch.setattr(blocks, "trim", trim)
+    model = tiny_model(tmp_path / "model", num_hidden_layers=DEEP, **SIDES)
+    common = {"calibration": str(text), "samples": 8, "sequence_length": 32, "group_size": 32}
+    qexport.quantize(model, tmp_path / "out", spec_of(method, **(common | options)))
+    assert held == [0] * DEEP
 
 
 @pytest.mark.parametrize("effort", ["fast", "balanced", "best"])

@@ -134,7 +134,7 @@ def test_an_interruption_tells_what_stands(llama: Path, tmp_path: Path) -> None:
         # what only a later one runs into
         (
             ("--method", "rtn,awq", "--bits", "3.5", "--group-size", "32"),
-            "awq cannot tell layers of differing bits apart",
+            "awq does not take layers of differing grids",
         ),
         (("--method", "rtn,eetq", "--target-size", "300KB"), "eetq has one grid"),
         (("--method", "rtn,hqq", "--target-size", "1KB"), "the smallest that"),

@@ -24,9 +24,8 @@ def quantize(job: Job) -> Outcome:
     if "target_size" not in options:
         options["bits"] = job["bits"]
     spec = spec_of(**options)
-    skeleton = build_skeleton(
-        model
-    )  # with it transformers is imported, as the peers' are before their clocks
+    # with it transformers is imported, as the peers' are before their clocks
+    skeleton = build_skeleton(model)
     if isinstance(spec, CalibrationSpec):
         samples: dict[str, Any] = {
             "calibration": (job["calibration"],),

@@ -83,8 +83,6 @@ def quantize(
     if len(methods) > 1 or len(solvers or ()) > 1 or len(bits) > 1:
         if plan_only:
             raise SpecError("--plan-only with several outputs", expected="one method with one --bits")
-        if bits and given.get("plan"):
-            raise SpecError(f"--bits {','.join(bits)} beside --plan", expected="one of them")
         _several(model, output, methods, bits, solvers or (), given, out, adapters=adapters, **options)
         return
     solver = solvers[0] if solvers else None

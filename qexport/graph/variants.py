@@ -30,6 +30,11 @@ def variant_specs(
     so. Raises SpecError for a name or a width that is none, an option that no method takes, and a method
     that is left with no width.
     """
+    for name in ("target_size", "max_loss", "plan"):
+        if bits and options.get(name) is not None:
+            raise SpecError(
+                f"--bits {','.join(bits)} beside --{name.replace('_', '-')}", expected="one of them"
+            )
     for name in methods:
         _known("method", name, METHODS)
     for name in solvers:

@@ -276,11 +276,12 @@ def _tell_of_loaders(
 
 
 def _tell_of_parted(method: Method, skeleton: Skeleton, grids: Mapping[str, Grid], on_event: OnEvent) -> None:
-    """Layers that vLLM fuses, on grids that differ: by hand, in --override, --skip or a plan."""
+    """Layers that vLLM fuses, on grids that differ: by --override, --skip or a plan, or as the format holds
+    not all of them."""
     if "vLLM" not in FORMATS[method.spec.format].runtimes:
         return
     try:
-        sets = fused_layers(skeleton)
+        sets = [names for names in fused_layers(skeleton) if len(names) > 1]
     except UnsupportedModelError:  # nothing is known of this architecture's layers
         return
     parted = [names for names in sets if any(grids.get(name) != grids.get(names[0]) for name in names)]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -34,7 +34,7 @@ from qexport.quantization.allotment.candidates import (
     stored_bytes,
     units_of,
 )
-from qexport.quantization.allotment.measured import Losses, losses_of
+from qexport.quantization.allotment.measured import Losses, losses_of, measured_as
 from qexport.quantization.allotment.plan_file import BitsPlan, LayerPlan, read_plan
 from qexport.quantization.allotment.sensitivity import measured_windows
 from qexport.quantization.choice import FULL, chosen_bits, parse_override
@@ -74,12 +74,12 @@ class Choices:
 
 @dataclass(frozen=True)
 class Allotment:
-    """Choices, and the `losses`, nats a token, that each was measured to cost on `tokens`."""
+    """Choices, and the `losses`, nats a token, that each was measured to cost; see `BitsPlan.measured`."""
 
     spec: AnyQuantizeSpec
     choices: Choices
     losses: Losses
-    tokens: int
+    measured: Mapping[str, Any]
 
     def plan(self, most: float | None = None) -> BitsPlan:
         """The plan of the spec's budget; `most`, for --max-loss, is the KL, nats a token, in place of
@@ -112,13 +112,15 @@ class Allotment:
             for name in unit
         }
         size = (self._fixed() + total_size(costs, chosen)) * self._copies
-        return _bits_plan(self.spec, self.choices.uniform, candidates, size, self.losses, self.tokens)
+        return _bits_plan(self.spec, self.choices.uniform, candidates, size, self.losses, self.measured)
 
     def is_best(self, plan: BitsPlan) -> bool:
         """Whether no other plan is predicted to lose less."""
-        return all(
-            layer.loss == min(layer.losses.values(), default=layer.loss) for layer in plan.layers.values()
-        )
+        for unit in self.choices.units:
+            options = dict(self._options(unit))
+            if options[plan.layers[unit[0]].candidate].loss > min(option.loss for option in options.values()):
+                return False
+        return True
 
     def _options(self, unit: Sequence[str]) -> list[tuple[Candidate, Option]]:
         method, shapes, grids = self.choices.uniform.method, self.choices.uniform.shapes, self.choices.grids
@@ -217,7 +219,8 @@ def prepare(
         device=device,
         on_event=on_event,
     )
-    return Allotment(spec, choices, losses, measured_windows(data.windows).numel())
+    tokens = measured_windows(data.windows).numel()
+    return Allotment(spec, choices, losses, {"tokens": tokens, **measured_as(uniform.method, inputs)})
 
 
 def choices_of(checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec) -> Choices:
@@ -236,7 +239,7 @@ def choices_of(checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec
     _check_mixing(spec, choices)
     if spec.max_loss is None:  # whether the budget can be kept to is known before
         unknown = {name: dict.fromkeys(grids[name], 0.0) for unit in units for name in unit}
-        Allotment(spec, choices, unknown, 0).plan()
+        Allotment(spec, choices, unknown, {}).plan()
     return choices
 
 
@@ -256,15 +259,19 @@ def _check_mixing(spec: AnyQuantizeSpec, choices: Choices) -> None:
             f"({', '.join(map(str, found)) or 'none'}): there is nothing to allot",
             remedy=remedy,
         )
-    first = units[0]
-    now = candidate_of(uniform.grids[first[0]])
-    other = next(candidate for candidate in grids[first[0]] if candidate != now)
-    trial = planned_spec(spec, uniform, dict.fromkeys(first, other))
+    unit, other = next(
+        (unit, candidate)
+        for unit in units
+        for candidate in grids[unit[0]]
+        if candidate != candidate_of(uniform.grids[unit[0]])
+    )
+    trial = planned_spec(spec, uniform, dict.fromkeys(unit, other))
     try:
         plan_quantization(uniform.checkpoint, uniform.skeleton, trial, ignore)
     except SpecError as error:
         raise SpecError(
-            f"{asked(spec)}: {spec.format} cannot tell layers of differing bits apart", remedy=remedy
+            f"{asked(spec)}: {spec.format} does not take layers of differing grids ({error.found})",
+            remedy=remedy,
         ) from error
 
 
@@ -294,10 +301,16 @@ def planned_spec(
 
 
 def plan_from_file(
-    checkpoint: Checkpoint, skeleton: Skeleton, spec: AnyQuantizeSpec, on_event: OnEvent = ignore
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    spec: AnyQuantizeSpec,
+    *,
+    inputs: Callable[[], Mapping[str, str]] | None = None,
+    on_event: OnEvent = ignore,
 ) -> tuple[AnyQuantizeSpec, BitsPlan]:
     """The spec that the plan in the file `spec.plan` comes to. --override and --skip go before it; a note
-    tells of layers that the plan does not name.
+    tells of layers that the plan does not name. With the hashes of what the model is made of, `inputs`, what
+    the file says of losses counts where it was measured of this model and method.
 
     Raises SpecError for a file that does not fit the model or the format.
     """
@@ -317,6 +330,10 @@ def plan_from_file(
             )
         )
     candidates = {name: c for name, c in named.items() if name in uniform.grids and name not in own}
+    if all(name in candidates and candidates[name].bits == FULL for name in uniform.grids):
+        raise SpecError(
+            f"--plan {path} leaves no layer to quantize", expected=f"fewer than {FULL} bits for some"
+        )
     try:
         planned = planned_spec(spec, uniform, candidates)
         plan = plan_quantization(checkpoint, skeleton, planned, ignore)
@@ -324,9 +341,19 @@ def plan_from_file(
         found = error.found.removeprefix("--override ")
         raise SpecError(f"--plan {path}: {found}", expected=error.expected, remedy=error.remedy) from error
     size = sum(info.size for info in plan.infos) * FORMATS[spec.format].copies
-    made = _bits_plan(spec, uniform, candidates, size, read.losses, read.tokens)
-    if any(layer.loss is None for name, layer in made.layers.items() if name not in uniform.alone):
-        made = _bits_plan(spec, uniform, candidates, size, {}, 0)  # part of the losses predicts nothing
+    made = _bits_plan(spec, uniform, candidates, size, read.losses, read.measured)
+    # part of the losses predicts nothing
+    known = all(layer.loss is not None for name, layer in made.coded.items() if name not in uniform.alone)
+    if (
+        not known
+        or inputs is None
+        or read.measured
+        != {
+            **read.measured,
+            **measured_as(uniform.method, inputs()),
+        }
+    ):
+        made = _bits_plan(spec, uniform, candidates, size, {}, {})
     return planned, made
 
 
@@ -336,7 +363,7 @@ def _bits_plan(
     candidates: Mapping[str, Candidate],
     size: int,
     losses: Mapping[str, Mapping[Candidate, float]],
-    tokens: int,
+    measured: Mapping[str, Any],
 ) -> BitsPlan:
     budget = {"bits" if name == "average_bits" else name: getattr(spec, name) for name in spec.BUDGETS}
     layers = {
@@ -345,4 +372,4 @@ def _bits_plan(
         )
         for name, grid in uniform.grids.items()
     }
-    return BitsPlan({k: v for k, v in budget.items() if v is not None}, layers, size, tokens)
+    return BitsPlan({k: v for k, v in budget.items() if v is not None}, layers, size, measured)

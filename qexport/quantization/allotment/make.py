@@ -77,26 +77,23 @@ def planned(
     file in `directory`. Raises InputError.
     """
     if spec.plan is not None:
-        own_spec, plan = plan_from_file(source.checkpoint, skeleton, spec, on_event)
+        own_spec, plan = plan_from_file(
+            source.checkpoint, skeleton, spec, inputs=source.inputs, on_event=on_event
+        )
         return Planned(own_spec, plan)
     if spec.group_size is not None:
         what = "sets the size that the average comes to" if spec.average_bits else "is one to choose from"
         on_event(Noted(f"--group-size {spec.group_size} {what}; each layer gets the group size that pays"))
     choices = choices_of(source.checkpoint, skeleton, spec)
-    text = spec if isinstance(spec, CalibrationSpec) else CalibrationSpec()
-    device = device_of(text.device)  # whether it is there is known before a text is read
-    own = isinstance(spec, CalibrationSpec)
-    if not own:
+    text: CalibrationSpec = spec if isinstance(spec, CalibrationSpec) else CalibrationSpec()
+    tell = on_event
+    if text is not spec:
+        tell = ignore  # no --calibration is advised, which the method has not
         on_event(
             Noted("what layers lose is measured on the package's own little text: a method without data")
         )
-    data = calibration_data(
-        source.path,
-        text,
-        skeleton,
-        trust_remote_code=trust_remote_code,
-        on_event=on_event if own else ignore,
-    )
+    device = device_of(text.device)  # whether it is there is known before a text is read
+    data = calibration_data(source.path, text, skeleton, trust_remote_code=trust_remote_code, on_event=tell)
     held_out = None
     if spec.max_loss is not None:
         if data.samples < 2:
@@ -159,6 +156,7 @@ def write_plan(
         made = planned(
             opened, skeleton, spec, out.parent, trust_remote_code=trust_remote_code, on_event=on_event
         )
+        plan_quantization(opened.checkpoint, skeleton, made.spec, on_event)  # for what that has to tell
     write_file_atomically(out, json.dumps(made.plan.content(), indent=2) + "\n")
     return made.plan
 

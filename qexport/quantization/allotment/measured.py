@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -71,6 +72,18 @@ def losses_of(
     except (OSError, QexportError) as error:
         on_event(Noted(f"the sensitivities are not kept for the next call: {error}"))
     return found
+
+
+def measured_as(method: Solving, inputs: Mapping[str, str]) -> dict[str, Any]:
+    """What losses are of: the solver that stood for the method's own, the grids' kind, and the model, which
+    `inputs` are the hashes of."""
+    symmetric = getattr(method.spec, "symmetric", None)
+    return {
+        "solver": stand_in(method),
+        "format": method.spec.format,
+        "symmetric": symmetric,
+        "inputs": dict(inputs),
+    }
 
 
 def _key(method: Solving, grids: Grids, windows: torch.Tensor, inputs: Mapping[str, str]) -> str:

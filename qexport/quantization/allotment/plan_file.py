@@ -8,7 +8,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from qexport.results import PlanRow
 from qexport.version import __version__
 
 PLAN_FILE = "bits_plan.json"
+_MOST_BITS = 8
 _LAYERS, _BITS, _GROUP = "layers", "bits", "group_size"
-_LOSSES, _TOKENS = "kl_of", "measured_on_tokens"
+_LOSSES, _MEASURED = "kl_of", "measured"
+_MOST = 1e6  # nats a token: no model loses so much, and a sum of such losses is still a number
 
 
 @dataclass(frozen=True)
@@ -36,37 +38,42 @@ class LayerPlan:
 
     @property
     def loss(self) -> float | None:
-        """That of the choice: none where the layer stays as it is."""
-        if self.candidate.bits == FULL and self.losses:
-            return 0.0
+        """That of the choice."""
         return self.losses.get(self.candidate)
 
 
 @dataclass(frozen=True)
 class BitsPlan:
-    """Grids by layer, names as on disk. `budget` is what was asked for, `size_bytes` all weights of the
-    output, `tokens` those that the losses were measured on (0: they were not)."""
+    """Grids by layer, names as on disk; those of 16 bits stay as they are. `budget` is what was asked for,
+    `size_bytes` all weights of the output; `measured` tells on how many tokens the losses were measured, and
+    of what model and method (empty: they were not)."""
 
     budget: Mapping[str, float]
     layers: Mapping[str, LayerPlan]
     size_bytes: int
-    tokens: int = 0
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def coded(self) -> dict[str, LayerPlan]:
+        """The layers that become codes."""
+        return {name: layer for name, layer in self.layers.items() if layer.candidate.bits != FULL}
 
     @property
     def bits(self) -> float:
         """Bits a code, the mean over all weights of the layers."""
-        weights = sum(layer.weights for layer in self.layers.values())
-        return sum(layer.candidate.bits * layer.weights for layer in self.layers.values()) / max(weights, 1)
+        layers = self.coded.values()
+        weights = sum(layer.weights for layer in layers)
+        return sum(layer.candidate.bits * layer.weights for layer in layers) / max(weights, 1)
 
     @property
     def loss(self) -> float | None:
         """Predicted KL(full || quantized), nats a token: the sum over the layers that were measured."""
-        return _total(self.layers.values())
+        return _total(self.coded.values())
 
     def rows(self) -> tuple[PlanRow, ...]:
         """The layers counted by grid, the fewest bits first."""
         kinds: dict[Candidate, list[LayerPlan]] = defaultdict(list)
-        for layer in self.layers.values():
+        for layer in self.coded.values():
             kinds[layer.candidate].append(layer)
         return tuple(
             PlanRow(
@@ -89,7 +96,7 @@ class BitsPlan:
             "mean_bits": round(self.bits, 4),
             "size_bytes": self.size_bytes,
             "predicted_kl": self.loss,
-            _TOKENS: self.tokens,
+            _MEASURED: dict(self.measured),
             _LAYERS: {
                 name: {
                     _BITS: layer.candidate.bits,
@@ -114,7 +121,7 @@ class ReadPlan:
 
     candidates: Mapping[str, Candidate]
     losses: Mapping[str, Mapping[Candidate, float]]
-    tokens: int
+    measured: Mapping[str, Any]
 
 
 def read_plan(path: Path, layers: Collection[str]) -> ReadPlan:
@@ -147,24 +154,25 @@ def read_plan(path: Path, layers: Collection[str]) -> ReadPlan:
         bits, group = values.get(_BITS), values.get(_GROUP)
         if (
             bits is None
-            or not (_is_whole(bits) and bits > 0)
+            or not (_is_whole(bits) and (0 < bits <= _MOST_BITS or bits == FULL))
             or not (group is None or (_is_whole(group) and (group > 0 or group == -1)))
         ):
             raise SpecError(
                 f"--plan {path}: {name} has {json.dumps(entry)[:80]}",
-                expected=f'{{"{_BITS}": 4, "{_GROUP}": 128}}, whole numbers, or -1 for a whole row',
+                expected=f'{{"{_BITS}": 4, "{_GROUP}": 128}}: 1 to {_MOST_BITS} bits, or {FULL} to keep the '
+                "layer; a group size, or -1 for a whole row",
             )
-        found[name] = Candidate(bits, group)
+        found[name] = Candidate(bits, None if bits == FULL else group)
         losses[name] = _losses(values.get(_LOSSES))
-    tokens: Any = content.get(_TOKENS)
-    return ReadPlan(found, losses, tokens if _is_whole(tokens) else 0)
+    measured = content.get(_MEASURED)
+    return ReadPlan(found, losses, measured if isinstance(measured, dict) else {})
 
 
 def _losses(kept: Any) -> dict[Candidate, float]:
     found: dict[Candidate, float] = {}
     for text, loss in (kept if isinstance(kept, dict) else {}).items():
         with contextlib.suppress(ValueError):
-            if isinstance(loss, int | float) and 0 <= loss < math.inf:
+            if isinstance(loss, int | float) and not isinstance(loss, bool) and 0 <= loss < _MOST:
                 found[Candidate.parse(text)] = float(loss)
     return found
 

@@ -103,4 +103,5 @@ class BlockQuantizer:
                         else:
                             one.write()
                         del one
+                    del full, curvature  # before the memory goes back
                 before, after = after, before
