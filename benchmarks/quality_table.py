@@ -125,10 +125,10 @@ def _with_error(value: float, error: float) -> str:
 
 
 def _seconds(rows: Sequence[Row]) -> str:
-    found = [row for row in rows if row.get("cpu_seconds") is not None and row["bits"] == 4]
+    found = [row for row in rows if row.get("seconds") is not None and row["bits"] == 4]
     if not found:
         return "–"
-    least = min(found, key=lambda row: row["cpu_seconds"])
+    least = min(found, key=lambda row: row["seconds"])
     return f"{least['seconds']:.1f} ({least['cpu_seconds']:.1f})"
 
 

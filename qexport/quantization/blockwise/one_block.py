@@ -146,7 +146,7 @@ class OneBlock:
             return torch.zeros(count, count)
         found = inputs.seen.mean(group[0].name)
         if inputs.scales is not None:
-            found = found / inputs.scales[:, None] / inputs.scales
+            found.div_(inputs.scales[:, None]).div_(inputs.scales)
         return found
 
     def _scale(self) -> None:
